@@ -1,0 +1,309 @@
+"""What models in this process share: loading once, batching by tokens, one worker, long documents."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import math
+import threading
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, PrivateAttr
+
+from langchain_rerank.backends._passages import split_passages
+from langchain_rerank.backends.base import Backend, Score, report_usage
+from langchain_rerank.errors import BackendError, ModelLoadError
+
+logger = logging.getLogger(__name__)
+
+Logits: TypeAlias = NDArray[np.floating[Any]]
+"""One batch's logits: shape (b,), or (b, k) where a backend reads k of them for each pair."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One tokenised pair."""
+
+    ids: Sequence[int]
+    """Token ids of query and passage, specials included."""
+
+    type_ids: Sequence[int] | None = None
+    """Which of the two each token belongs to, for models that want to know."""
+
+    truncated: bool = False
+    """Whether the end of the passage did not fit."""
+
+    room: int = 0
+    """How many tokens of the passage fitted: what a passage of a long document may have."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokenised pairs of one forward pass, padded to the longest."""
+
+    ids: NDArray[np.int64]
+    """Shape (b, t)."""
+
+    mask: NDArray[np.int64]
+    """Shape (b, t); 1 for a token, 0 for padding."""
+
+    type_ids: NDArray[np.int64]
+    """Shape (b, t); zeros where the model wants none."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """The same pairs in two batches."""
+        middle = len(self) // 2
+        first, second = slice(None, middle), slice(middle, None)
+        return (
+            Batch(self.ids[first], self.mask[first], self.type_ids[first]),
+            Batch(self.ids[second], self.mask[second], self.type_ids[second]),
+        )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A text, or one passage of a long one."""
+
+    text: int
+    encoding: Encoding
+    span: tuple[int, int] | None = None
+
+
+class LocalBackend(Backend):
+    """A model in this process: write `_load`, `_encode`, `_forward`, and `_offsets` for long documents.
+
+    A score is the sigmoid of the model's one logit, in float64, and does not depend on its neighbours
+    beyond rounding. Calls take turns: one at a time, in one worker thread when awaited.
+    """
+
+    max_length: int = Field(default=512, ge=32)
+    """Most tokens of query and passage together, specials included. Only the passage is cut;
+    a query over three quarters of this is cut to that first, and reported."""
+
+    batch_size: int | None = Field(default=None, ge=1)
+    """Most pairs in one batch. `None` leaves it to `batch_tokens`."""
+
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens in one batch, padding included. `None` takes what suits the device."""
+
+    long_documents: Literal["truncate", "max_passage"] = "truncate"
+    """What happens to a text that does not fit: cut its end, or score overlapping passages of it and take the best."""
+
+    passage_overlap: int = Field(default=32, ge=0)
+    """Tokens that two neighbouring passages of a long document share, at most half a passage."""
+
+    return_logits: bool = False
+    """Add the raw logit to the metadata, as `relevance_logit`."""
+
+    _lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
+    _worker: ThreadPoolExecutor = PrivateAttr(default_factory=lambda: ThreadPoolExecutor(1, "rerank"))
+    _loaded: bool = PrivateAttr(default=False)
+    _budget: int | None = PrivateAttr(default=None)
+    _longest: int | None = PrivateAttr(default=None)
+    _reported: set[str] = PrivateAttr(default_factory=set)
+
+    @property
+    def _limit(self) -> int:
+        """`max_length`, or less where the loaded model cannot read that much."""
+        return min(self.max_length, self._longest or self.max_length)
+
+    @abstractmethod
+    def _load(self) -> None:
+        """Load tokenizer and weights into private attributes; called once, under the lock.
+
+        Raises:
+            ModelLoadError: The model is not there, or would give wrong scores.
+        """
+
+    @abstractmethod
+    def _encode(self, query: str, texts: Sequence[str]) -> list[Encoding]:
+        """Tokenise the query, cut by `_cut_query`, with each text, cut so that both fit into `_limit`."""
+
+    @abstractmethod
+    def _forward(self, batch: Batch) -> Logits:
+        """One padded batch of b pairs, shape (b, t) token ids, to b logits, shape (b,)."""
+
+    @abstractmethod
+    def _offsets(self, text: str) -> Sequence[tuple[int, int]]:
+        """The character span of each token of a text, in order, without specials."""
+
+    def _default_batch_tokens(self) -> int:
+        """Most tokens in a batch, for the device that was loaded on; small batches suit a CPU's caches."""
+        return 2048
+
+    def _pad_id(self) -> int:
+        """The id that fills a batch up."""
+        return 0
+
+    def _to_score(self, logits: NDArray[np.float64]) -> tuple[float, dict[str, Any]]:
+        """One pair's logits, shape () or (k,), to its score and what there is to say about it."""
+        logit = float(logits)
+        return sigmoid(logit), {"relevance_logit": logit} if self.return_logits else {}
+
+    def _out_of_memory(self, error: BaseException) -> bool:
+        """Whether the forward pass failed for want of memory, so that half the batch may pass."""
+        return isinstance(error, MemoryError)
+
+    def _free_memory(self) -> None:
+        """Give back what the device's allocator keeps."""
+
+    def warmup(self) -> None:
+        """Load the model now, and run it once."""
+        self.logits("warm", ["up"])
+
+    def logits(self, query: str, texts: Sequence[str]) -> list[float]:
+        """The raw logits that scores are the sigmoid of, n floats of any size; long texts are cut."""
+        with self._lock:
+            self._ensure_loaded()
+            encodings = self._encode(query, texts)
+            return [float(np.ravel(row)[-1]) for row in self._run(encodings)]
+
+    def _score(self, query: str, texts: Sequence[str]) -> list[Score]:
+        with self._lock:
+            self._ensure_loaded()
+            pieces = self._pieces(query, texts)
+            rows = self._run([piece.encoding for piece in pieces])
+            self._report_truncated(pieces)
+        return self._best(pieces, rows, len(texts))
+
+    async def _ascore(self, query: str, texts: Sequence[str]) -> list[Score]:
+        # A worker of its own: waiting callers queue there, and do not use up the loop's default threads.
+        run = contextvars.copy_context().run
+        return await asyncio.get_running_loop().run_in_executor(self._worker, run, self._score, query, texts)
+
+    def _ensure_loaded(self) -> None:
+        if not self._loaded:
+            self._load()
+            self._loaded = True
+
+    def _set_longest(self, longest: int | None) -> None:
+        """Take note of how many tokens the loaded model can read; refuse a `max_length` above that."""
+        if longest is not None and "max_length" in self.model_fields_set and self.max_length > longest:
+            raise ModelLoadError(f"max_length={self.max_length}, but {self.model!r} reads at most {longest} tokens")
+        self._longest = longest
+
+    def _pieces(self, query: str, texts: Sequence[str]) -> list[_Piece]:
+        """Each text once, or where it is too long and `max_passage` asks for it, each of its passages."""
+        pieces: list[_Piece] = []
+        for index, encoding in enumerate(self._encode(query, texts)):
+            if encoding.truncated and self.long_documents == "max_passage":
+                pieces += self._passages(query, texts[index], index, encoding.room)
+            else:
+                pieces.append(_Piece(index, encoding))
+        return pieces
+
+    def _passages(self, query: str, text: str, index: int, room: int) -> list[_Piece]:
+        spans = split_passages(text, self._offsets(text), size=room, overlap=self.passage_overlap)
+        encodings = self._encode(query, [text[start:end] for start, end in spans])
+        return [_Piece(index, encoding, span) for encoding, span in zip(encodings, spans, strict=True)]
+
+    def _run(self, encodings: Sequence[Encoding]) -> list[NDArray[np.float64]]:
+        """Every pair's logits, in order: longest first, in batches of a bounded number of tokens."""
+        rows: list[NDArray[np.float64]] = [np.empty(0)] * len(encodings)
+        order = sorted(range(len(encodings)), key=lambda index: -len(encodings[index].ids))
+        for indices in self._batches(order, encodings):
+            logits = self._forward_safely(self._collate([encodings[index] for index in indices]))
+            for index, row in zip(indices, logits, strict=True):
+                rows[index] = np.asarray(row, dtype=np.float64)
+        report_usage(tokens=sum(len(encoding.ids) for encoding in encodings))
+        return rows
+
+    def _batches(self, order: Sequence[int], encodings: Sequence[Encoding]) -> Iterator[list[int]]:
+        """The sorted indices in runs whose padded size stays within the budget; at least one pair each."""
+        start = 0
+        while start < len(order):
+            longest = len(encodings[order[start]].ids)
+            size = max(1, self._token_budget() // max(1, longest))
+            size = min(size, self.batch_size or size)
+            yield list(order[start : start + size])
+            start += size
+
+    def _token_budget(self) -> int:
+        return self._budget or self.batch_tokens or self._default_batch_tokens()
+
+    def _collate(self, encodings: Sequence[Encoding]) -> Batch:
+        """Pairs padded on the right to the longest of them."""
+        shape = len(encodings), max(len(encoding.ids) for encoding in encodings)
+        ids = np.full(shape, self._pad_id(), dtype=np.int64)
+        mask, type_ids = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        for row, encoding in enumerate(encodings):
+            length = len(encoding.ids)
+            ids[row, :length], mask[row, :length] = encoding.ids, 1
+            if encoding.type_ids is not None:
+                type_ids[row, :length] = encoding.type_ids
+        return Batch(ids, mask, type_ids)
+
+    def _forward_safely(self, batch: Batch) -> Logits:
+        """The forward pass, in halves where the whole batch does not fit into memory."""
+        try:
+            return self._forward(batch)
+        except Exception as error:
+            if not self._out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise BackendError(
+                    f"{self!r} ran out of memory with one pair of {batch.ids.shape[1]} tokens; lower max_length"
+                ) from error
+        # Outside the handler, whose traceback would keep the failed pass's tensors alive.
+        self._free_memory()
+        self._budget = max(1, min(self._token_budget(), batch.ids.size) // 2)
+        logger.warning("%s: out of memory; batches hold at most %d tokens from now on", self.name, self._budget)
+        return np.concatenate([self._forward_safely(half) for half in batch.halves()])
+
+    def _best(self, pieces: Sequence[_Piece], rows: Sequence[NDArray[np.float64]], count: int) -> list[Score]:
+        """Each text's score: its own, or that of its best passage."""
+        best: list[Score | None] = [None] * count
+        for piece, row in zip(pieces, rows, strict=True):
+            value, details = self._to_score(row)
+            found = best[piece.text]
+            # Written so that a NaN wins and is refused above, not hidden by a neighbour.
+            if found is None or not value <= found:
+                best[piece.text] = Score(value, {**details, **_about(piece)})
+        return [score for score in best if score is not None]
+
+    def _cut_query(self, ids: Sequence[int]) -> list[int]:
+        """The query's tokens, at most three quarters of `max_length` of them."""
+        most = self._limit * 3 // 4
+        if len(ids) > most:
+            self._warn_once("query", f"a query of {len(ids)} tokens was cut to {most} (max_length={self._limit})")
+        return list(ids[:most])
+
+    def _report_truncated(self, pieces: Sequence[_Piece]) -> None:
+        cut = sum(piece.encoding.truncated and piece.span is None for piece in pieces)
+        if cut:
+            report_usage(truncated=cut)
+            self._warn_once(
+                "documents",
+                f"{cut} of {len(pieces)} documents did not fit into max_length={self._limit} and were cut; "
+                "such documents carry truncated=True. long_documents='max_passage' reads all of them",
+            )
+
+    def _warn_once(self, key: str, message: str) -> None:
+        """Log a warning the first time that this backend has reason to."""
+        if key not in self._reported:
+            self._reported.add(key)
+            logger.warning("%s: %s", self.name, message)
+
+
+def _about(piece: _Piece) -> dict[str, Any]:
+    if piece.span is not None:
+        return {"passage_span": list(piece.span)}
+    return {"truncated": True} if piece.encoding.truncated else {}
+
+
+def sigmoid(logit: float) -> float:
+    """1 / (1 + exp(-logit)) in float64; in float32 it would be exactly 1 from a logit of 17 on."""
+    if logit >= 0:
+        return 1.0 / (1.0 + math.exp(-logit))
+    small = math.exp(logit)
+    return small / (1.0 + small)
