@@ -1,0 +1,49 @@
+"""One file of a model, from its folder, the cache or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the files of a model come from."""
+
+    model: str
+    """A folder, or a name on the Hugging Face hub."""
+
+    revision: str = "main"
+    """Branch, tag or commit on the hub."""
+
+    local_files_only: bool = False
+    """Never ask the hub: take what is in its cache on this machine."""
+
+    def find(self, name: str) -> Path | None:
+        """The path of one file; `None` if the model has none of that name.
+
+        Raises:
+            OSError: There is no such model, or the hub cannot be reached.
+        """
+        if Path(self.model).is_dir():
+            path = Path(self.model, name)
+            return path if path.is_file() else None
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            return Path(
+                hf_hub_download(self.model, name, revision=self.revision, local_files_only=self.local_files_only)
+            )
+        except EntryNotFoundError:
+            return None
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """One JSON file; `None` if the model has none of that name."""
+        path = self.find(name)
+        if path is None:
+            return None
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return content

@@ -1,0 +1,159 @@
+"""What the backends that run on torch share: where a model comes from, its device and its dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+from typing_extensions import Self
+
+from langchain_rerank.backends.local import LocalBackend
+from langchain_rerank.errors import ConfigurationError, ModelLoadError
+
+if TYPE_CHECKING:
+    import torch
+
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+"""A torch dtype by name; `auto` is bfloat16 where the hardware multiplies in it, else float32."""
+
+
+class TorchBackend(LocalBackend):
+    """A model that torch runs, from the Hugging Face hub or a folder."""
+
+    device: str | None = None
+    """A torch device such as `"cuda:1"`. `None` takes the best one there is."""
+
+    dtype: Dtype = "auto"
+    """`auto` is bfloat16 where the hardware multiplies matrices in it, else float32."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+
+    local_files_only: bool = False
+    """Never ask the hub: take what is in its cache on this machine."""
+
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Asks for a `revision`, so that it stays the code that you read."""
+
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the model's `from_pretrained`."""
+
+    _device: Any = PrivateAttr(default=None)
+    _dtype: Any = PrivateAttr(default=None)
+    _model: Any = PrivateAttr(default=None)
+    _tokenizer: Any = PrivateAttr(default=None)
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _name_of_device(cls, device: Any) -> Any:
+        return None if device is None or device == "auto" else str(device)
+
+    @model_validator(mode="after")
+    def _pinned(self) -> Self:
+        if not self.model:
+            raise ConfigurationError("model is empty; give a name on the Hugging Face hub or a folder")
+        if self.trust_remote_code and self.revision is None and not Path(self.model).is_dir():
+            raise ConfigurationError("trust_remote_code runs the model's own code: pin it with revision='<commit>'")
+        return self
+
+    def _pick_device(self) -> None:
+        """Settle device and dtype; for the beginning of `_load`."""
+        self._device = pick_device(self.device)
+        self._dtype = pick_dtype(self.dtype, self._device)
+
+    def _source(self) -> dict[str, Any]:
+        """The arguments that every `from_pretrained` takes."""
+        return {
+            "revision": self.revision or "main",
+            "local_files_only": self.local_files_only,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Turn what transformers raises for a model that it cannot load into our error, with its reason."""
+        try:
+            yield
+        except ModelLoadError:
+            raise
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ModelLoadError(f"{self.model!r} cannot be loaded: {reason}") from error
+
+    def _default_batch_tokens(self) -> int:
+        return 1024 if self._device is None or self._device.type == "cpu" else 32768
+
+    def _out_of_memory(self, error: BaseException) -> bool:
+        return isinstance(error, MemoryError) or is_out_of_memory(error)
+
+    def _free_memory(self) -> None:
+        free_memory(self._device)
+
+    def _on_nan(self) -> str:
+        return "; dtype='float32' has the range that the model may need" if self.dtype != "float32" else ""
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device asked for, else CUDA, MPS or the CPU, whichever comes first.
+
+    Raises:
+        ConfigurationError: There is no such device here.
+    """
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return chosen
+
+
+def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """The dtype asked for, else bfloat16 where the device multiplies matrices in it, else float32.
+
+    Raises:
+        ConfigurationError: float16 on a CPU: it is slow there, and overflows.
+    """
+    import torch
+
+    if dtype == "float16" and device.type == "cpu":
+        raise ConfigurationError("dtype 'float16' is not for a CPU; use 'auto', 'bfloat16' or 'float32'")
+    if dtype != "auto":
+        chosen = getattr(torch, dtype)
+        assert isinstance(chosen, torch.dtype)  # noqa: S101 - for the type checker
+        return chosen
+    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch failed for want of memory, on a GPU or on the host."""
+    text = str(error)
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def free_memory(device: torch.device) -> None:
+    """Give cached GPU memory back, so that a smaller batch finds it in one piece."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        # The capabilities' public form is young; before it there are only private functions.
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return False
