@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
@@ -27,15 +27,21 @@ DEFAULT_BACKEND = "embedded"
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
-def init_reranker(spec: str | Path | Mapping[str, Any] | Backend | None = None, /, **options: Any) -> Reranker:
+Spec: TypeAlias = "str | Path | Mapping[str, Any] | Backend | Reranker | Sequence[Any]"
+"""What a reranker is made from."""
+
+
+def init_reranker(spec: Spec | None = None, /, **options: Any) -> Reranker:
     """Build a reranker from a name, a mapping or a file. Nothing is loaded or called yet.
 
     Args:
         spec: `"backend"` or `"backend:model"`; a mapping with `backend` and options; a YAML file with the same, as a
-            `Path` or a string that ends in .yaml or .yml; a `Backend`; or nothing: then the environment variable
-            LANGCHAIN_RERANK, else the embedded model.
+            `Path` or a string that ends in .yaml or .yml; a `Backend` or `Reranker`; a list of these, which is a
+            cascade: each ranks what the one before keeps; or nothing: then the environment variable LANGCHAIN_RERANK,
+            else the embedded model.
         options: Options of `Reranker` (`top_n`, `score_threshold`, `retrieval_weight`) and of the backend, side by
-            side. They come before those in `spec`. `${VAR}` in a string is an environment variable.
+            side. They come before those in `spec`; for a cascade they are the last stage's. `${VAR}` in a string is an
+            environment variable.
 
     Returns:
         The reranker.
@@ -51,10 +57,15 @@ def init_reranker(spec: str | Path | Mapping[str, Any] | Backend | None = None, 
     """
     if spec is None:
         spec = os.environ.get(ENVIRONMENT_VARIABLE) or DEFAULT_BACKEND
+    if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith((".yaml", ".yml"))):
+        spec = read_yaml(Path(spec))
     if isinstance(spec, Backend):
         return _reranker(spec, options)
-    merged = {**_mapping(spec), **options}
-    merged = {key: expand(value) for key, value in merged.items()}
+    if isinstance(spec, Reranker):
+        return _reranker(spec.backend, {**{name: getattr(spec, name) for name in _reranker_options()}, **options})
+    if isinstance(spec, list | tuple):
+        return _cascade(spec, options)
+    merged = _with_model({key: expand(value) for key, value in {**_mapping(spec), **options}.items()})
     name = merged.pop("backend", None) or DEFAULT_BACKEND
     return _build(str(name), merged)
 
@@ -84,8 +95,19 @@ def backend_class(name: str) -> type[Backend]:
     return kind
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping.
+def _cascade(stages: Sequence[Any], options: Mapping[str, Any]) -> Reranker:
+    """Each reranker after the one before it; the options are the last one's."""
+    if not stages:
+        raise ConfigurationError("A cascade needs at least one reranker, and the list is empty")
+    *first, last = stages
+    earlier: Reranker | None = None
+    for stage in first:
+        earlier = init_reranker(stage, after=earlier)
+    return init_reranker(last, **{"after": earlier, **options})
+
+
+def read_yaml(path: Path) -> dict[str, Any] | list[Any]:
+    """A YAML file that holds a mapping, or a list of what makes a cascade.
 
     Raises:
         ConfigurationError: The file is not there, is no YAML, or holds something else.
@@ -98,6 +120,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if isinstance(content, list):
+        return content
     if not isinstance(content, dict):
         raise ConfigurationError(
             f"{path} must hold a mapping such as 'backend: embedded', not {type(content).__name__}"
@@ -125,15 +149,14 @@ def _variable(name: str) -> str:
         raise ConfigurationError(f"The environment variable {name} is not set, but the configuration uses it") from None
 
 
-def _mapping(spec: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+def _mapping(spec: Any) -> dict[str, Any]:
     if isinstance(spec, Mapping):
-        return _with_model(dict(spec))
-    if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith((".yaml", ".yml"))):
-        return _with_model(read_yaml(Path(spec)))
+        return dict(spec)
     if isinstance(spec, str):
-        return _with_model({"backend": spec})
+        return {"backend": spec}
     raise ConfigurationError(
-        f"A reranker is made from 'backend:model', a mapping, a YAML Path or a Backend, not {type(spec).__name__}"
+        f"A reranker is made from 'backend:model', a mapping, a YAML Path, a Backend or a list of these, "
+        f"not {type(spec).__name__}"
     )
 
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
+from langchain_core.runnables import Runnable, RunnableLambda
 from langchain_core.runnables.config import (
     ensure_config,
     get_async_callback_manager_for_config,
     get_callback_manager_for_config,
 )
+from langchain_core.stores import ByteStore
 from pydantic import ConfigDict, Field
 
-from langchain_rerank.backends.base import Backend, Score, collect_usage
+from langchain_rerank._cache import ScoreCache
+from langchain_rerank._ranking import Ranking, RankingMany, RerankResult, Settings, traced_back
+from langchain_rerank.backends.base import Backend, collect_usage
 from langchain_rerank.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from langchain_core.cross_encoders import BaseCrossEncoder
+
+__all__ = ["KEEP", "RerankResult", "Reranker"]
 
 
 class _Keep(Enum):
@@ -34,33 +39,6 @@ KEEP: Final = _Keep.KEEP
 """For a per-call option: the reranker's own setting holds."""
 
 Keep: TypeAlias = Literal[_Keep.KEEP]
-
-_SCALARS = (str, int, float, bool, type(None))
-
-_PREVIOUS_PASS = ("truncated", "passage_span", "relevance_logit", "blended_score")
-"""Metadata of ours that would lie about this pass if an earlier one left them."""
-
-_SMALLEST = 1e-12
-"""A probability of 0 or 1 has no logit; this is as near as the blend lets one come."""
-
-
-@dataclass(frozen=True)
-class RerankResult:
-    """One ranked document or text."""
-
-    index: int
-    """Where it stood in the input, from 0."""
-
-    score: float
-    """How relevant it is, in [0, 1]."""
-
-    document: Document | str
-    """A copy of the document with the new metadata; or the text, where texts were given."""
-
-    @property
-    def text(self) -> str:
-        """The document's text."""
-        return self.document.page_content if isinstance(self.document, Document) else self.document
 
 
 class Reranker(BaseDocumentCompressor):
@@ -84,9 +62,26 @@ class Reranker(BaseDocumentCompressor):
     not calibrated against each other: choose it for the model."""
 
     retrieval_weight: float = Field(default=0.0, ge=0, le=1)
-    """How much the first stage counts in the order: documents are ordered by `(1 - w) z(logit) + w z(retrieval_score)`,
-    z-scores within the candidates. A document without `retrieval_score` in its metadata counts as average there.
-    `relevance_score` and the threshold stay the model's own; the mix is added as `blended_score`."""
+    """How much the first stage counts in the order: documents are ordered by
+    `(1 - w) z(logit) + w z(retrieval_score)`, z-scores within the candidates. A document without `retrieval_score` in
+    its metadata counts as average there. `relevance_score` and the threshold stay the model's own; the mix is added as
+    `blended_score`."""
+
+    metadata_fields: tuple[str, ...] = ()
+    """Metadata that the model reads before the text, a line each, such as `("title",)`. The text that comes back
+    stays as it is."""
+
+    duplicate_similarity: float | None = Field(default=None, gt=0, le=1)
+    """Passages at least this similar to a better one (Jaccard, runs of three words) give up their place; 1 means the
+    same text but for case, punctuation and space. The one that stays lists them in `near_duplicates`. `None` keeps
+    all."""
+
+    cache: ByteStore | None = Field(default=None, exclude=True, repr=False)
+    """Where scores are kept, such as `langchain_core.stores.InMemoryByteStore()`. Keys are digests of query, text,
+    model, its files and every option that can change a score."""
+
+    after: Reranker | None = None
+    """A reranker that goes first: this one ranks only what that keeps. `init_reranker` makes it of a list."""
 
     def compress_documents(
         self,
@@ -156,10 +151,12 @@ class Reranker(BaseDocumentCompressor):
             BackendError: Scoring failed.
             ConfigurationError: `top_n` or `score_threshold` is out of range.
         """
-        job = self._job(query, documents, top_n, score_threshold)
-        with self._traced(job, callbacks):
-            job.rank(self.backend.score(query, job.texts) if job.texts else [])
-        return job.results
+        settings = self._settings(top_n, score_threshold)
+        earlier = self.after.rerank(query, documents, callbacks=callbacks) if self.after else None
+        ranking = Ranking(settings, query, documents if earlier is None else [result.document for result in earlier])
+        with self._traced(ranking, callbacks):
+            self._rank([ranking])
+        return traced_back(ranking.results, earlier)
 
     async def arerank(
         self,
@@ -171,197 +168,196 @@ class Reranker(BaseDocumentCompressor):
         callbacks: Callbacks | None = None,
     ) -> list[RerankResult]:
         """As `rerank`, without blocking the event loop."""
-        job = self._job(query, documents, top_n, score_threshold)
-        async with self._atraced(job, callbacks):
-            job.rank(await self.backend.ascore(query, job.texts) if job.texts else [])
-        return job.results
+        settings = self._settings(top_n, score_threshold)
+        earlier = await self.after.arerank(query, documents, callbacks=callbacks) if self.after else None
+        ranking = Ranking(settings, query, documents if earlier is None else [result.document for result in earlier])
+        async with self._atraced(ranking, callbacks):
+            await self._arank([ranking])
+        return traced_back(ranking.results, earlier)
 
-    def _job(
+    def rerank_many(
         self,
-        query: str,
-        documents: Sequence[Document | str | None],
-        top_n: int | Keep | None,
-        score_threshold: float | Keep | None,
-    ) -> _Job:
+        queries: Sequence[str],
+        documents: Sequence[Sequence[Document | str | None]],
+        *,
+        top_n: int | Keep | None = KEEP,
+        score_threshold: float | Keep | None = KEEP,
+        callbacks: Callbacks | None = None,
+        progress: bool = False,
+    ) -> list[list[RerankResult]]:
+        """Rank the documents of several queries, in fewer and fuller batches than one by one.
+
+        Args:
+            queries: m queries.
+            documents: For each of them its documents or texts.
+            top_n: How many to keep for each query; `None` keeps all.
+            score_threshold: Least score to keep; `None` keeps all.
+            callbacks: As LangChain passes them: one run `rerank_many` is traced below them.
+            progress: Show a bar on standard error.
+
+        Returns:
+            m lists of results, each as `rerank` returns it.
+
+        Raises:
+            BackendError: Scoring failed.
+            ConfigurationError: There are not as many lists of documents as queries, or an option is out of range.
+        """
+        settings = self._many_settings(queries, documents, top_n, score_threshold)
+        earlier = self.after.rerank_many(queries, documents, callbacks=callbacks) if self.after else None
+        many = RankingMany(settings, queries, documents, earlier)
+        with self._traced(many, callbacks, name="rerank_many"):
+            for part in _shown(many.parts(), progress=progress):
+                self._rank(part)
+        return many.results()
+
+    async def arerank_many(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[Sequence[Document | str | None]],
+        *,
+        top_n: int | Keep | None = KEEP,
+        score_threshold: float | Keep | None = KEEP,
+        callbacks: Callbacks | None = None,
+        progress: bool = False,
+    ) -> list[list[RerankResult]]:
+        """As `rerank_many`, without blocking the event loop; a service is asked for several queries at a time."""
+        settings = self._many_settings(queries, documents, top_n, score_threshold)
+        earlier = await self.after.arerank_many(queries, documents, callbacks=callbacks) if self.after else None
+        many = RankingMany(settings, queries, documents, earlier)
+        async with self._atraced(many, callbacks, name="rerank_many"):
+            for part in _shown(many.parts(), progress=progress):
+                await self._arank(part)
+        return many.results()
+
+    def warmup(self) -> None:
+        """Load ahead of time what the first call would load."""
+        if self.after:
+            self.after.warmup()
+        self.backend.warmup()
+
+    def as_runnable(self) -> Runnable[dict[str, Any], list[Document]]:
+        """A step of an LCEL chain: `{"query": ..., "documents": [...]}` in, ranked documents out.
+
+        `top_n` and `score_threshold` may stand beside these two for one call.
+        """
+        return RunnableLambda(self._invoke, afunc=self._ainvoke, name="Reranker")
+
+    def as_cross_encoder(self) -> BaseCrossEncoder:
+        """The backend as LangChain's `BaseCrossEncoder`, for what takes one, such as `CrossEncoderReranker`."""
+        from langchain_rerank._cross_encoder import CrossEncoderAdapter
+
+        return CrossEncoderAdapter(self)
+
+    def _invoke(self, asked: dict[str, Any]) -> list[Document]:
+        return self.compress_documents(**_step(asked))
+
+    async def _ainvoke(self, asked: dict[str, Any]) -> list[Document]:
+        return await self.acompress_documents(**_step(asked))
+
+    def _settings(self, top_n: int | Keep | None, score_threshold: float | Keep | None) -> Settings:
         top_n = self.top_n if top_n is KEEP else top_n
         threshold = self.score_threshold if score_threshold is KEEP else score_threshold
         if top_n is not None and top_n < 0:
             raise ConfigurationError(f"top_n is {top_n}; it must be 0 or more, or None to keep all")
         if threshold is not None and not 0 <= threshold <= 1:
             raise ConfigurationError(f"score_threshold is {threshold}; scores lie in [0, 1]")
-        return _Job(self, query, list(documents), top_n, threshold)
+        return Settings(
+            self.backend, top_n, threshold, self.retrieval_weight, self.metadata_fields, self.duplicate_similarity
+        )
+
+    def _many_settings(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[Sequence[Document | str | None]],
+        top_n: int | Keep | None,
+        score_threshold: float | Keep | None,
+    ) -> Settings:
+        if len(queries) != len(documents):
+            raise ConfigurationError(f"{len(queries)} queries, but {len(documents)} lists of documents")
+        return self._settings(top_n, score_threshold)
+
+    def _rank(self, rankings: Sequence[Ranking]) -> None:
+        """Score what no cache knows, in one call of the backend, and rank."""
+        cache = self._cache()
+        known = [cache.get(ranking.query, ranking.texts) if cache else {} for ranking in rankings]
+        asked = [ranking.unknown(scores) for ranking, scores in zip(rankings, known, strict=True)]
+        answers = self.backend.score_many(asked)
+        for ranking, scores, (query, texts), answer in zip(rankings, known, asked, answers, strict=True):
+            fresh = dict(zip(texts, answer, strict=True))
+            if cache:
+                cache.put(query, fresh)
+            ranking.rank({**scores, **fresh})
+
+    async def _arank(self, rankings: Sequence[Ranking]) -> None:
+        cache = self._cache()
+        known = [await cache.aget(ranking.query, ranking.texts) if cache else {} for ranking in rankings]
+        asked = [ranking.unknown(scores) for ranking, scores in zip(rankings, known, strict=True)]
+        answers = await self.backend.ascore_many(asked)
+        for ranking, scores, (query, texts), answer in zip(rankings, known, asked, answers, strict=True):
+            fresh = dict(zip(texts, answer, strict=True))
+            if cache:
+                await cache.aput(query, fresh)
+            ranking.rank({**scores, **fresh})
+
+    def _cache(self) -> ScoreCache | None:
+        return None if self.cache is None else ScoreCache(self.cache, self.backend)
 
     @contextmanager
-    def _traced(self, job: _Job, callbacks: Callbacks | None) -> Iterator[None]:
-        """A chain run named `rerank` below whatever run is active, failed if what is within fails."""
+    def _traced(self, work: _Work, callbacks: Callbacks | None, name: str = "rerank") -> Iterator[None]:
+        """A chain run below whatever run is active, failed if what is within fails."""
         manager = get_callback_manager_for_config(ensure_config({"callbacks": callbacks}))
-        run = manager.on_chain_start(None, job.inputs(), name="rerank")
+        run = manager.on_chain_start(None, work.inputs(), name=name)
         with collect_usage() as usage:
             try:
                 yield
             except BaseException as error:
                 run.on_chain_error(error)
                 raise
-        run.on_chain_end(job.outputs(usage))
+        run.on_chain_end(work.outputs(usage))
 
     @asynccontextmanager
-    async def _atraced(self, job: _Job, callbacks: Callbacks | None) -> AsyncIterator[None]:
+    async def _atraced(self, work: _Work, callbacks: Callbacks | None, name: str = "rerank") -> AsyncIterator[None]:
         manager = get_async_callback_manager_for_config(ensure_config({"callbacks": callbacks}))
-        run = await manager.on_chain_start(None, job.inputs(), name="rerank")
+        run = await manager.on_chain_start(None, work.inputs(), name=name)
         with collect_usage() as usage:
             try:
                 yield
             except BaseException as error:
                 await run.on_chain_error(error)
                 raise
-        await run.on_chain_end(job.outputs(usage))
+        await run.on_chain_end(work.outputs(usage))
 
 
-class _Job:
-    """One query's way from documents to results; the backend is asked outside, sync or async."""
-
-    def __init__(
-        self,
-        reranker: Reranker,
-        query: str,
-        documents: Sequence[Document | str | None],
-        top_n: int | None,
-        threshold: float | None,
-    ) -> None:
-        self.reranker, self.query, self.documents = reranker, query, documents
-        self.top_n, self.threshold = top_n, threshold
-        self.started = time.perf_counter()
-        self.results: list[RerankResult] = []
-        self.places: dict[str, list[int]] = {}
-        for index, document in enumerate(documents if top_n != 0 else []):
-            self.places.setdefault(_text(document), []).append(index)
-
-    @property
-    def texts(self) -> list[str]:
-        """The distinct texts: the same one twice is scored once."""
-        return list(self.places)
-
-    def rank(self, scores: Sequence[float]) -> None:
-        """Turn one score for each of `texts` into the results."""
-        by_index = dict(sorted(self._by_index(scores).items()))
-        keys = self._blended(by_index) if self.reranker.retrieval_weight else by_index
-        order = sorted(by_index, key=lambda index: -keys[index])
-        kept = [index for index in order if self.threshold is None or by_index[index] >= self.threshold]
-        blended = keys if keys is not by_index else {}
-        self.results = [self._result(index, by_index[index], blended.get(index)) for index in kept[: self.top_n]]
-
-    def _by_index(self, scores: Sequence[float]) -> dict[int, float]:
-        pairs = zip(self.places.values(), scores, strict=True)
-        return {index: score for indices, score in pairs for index in indices}
-
-    def _blended(self, scores: Mapping[int, float]) -> Mapping[int, float]:
-        """The mix of model and first stage for each index; the scores themselves where no document has been scored."""
-        retrieved = {index: _retrieval_score(self.documents[index]) for index in scores}
-        known = {index: value for index, value in retrieved.items() if value is not None}
-        if not known:
-            return scores
-        weight = self.reranker.retrieval_weight
-        logits, first = _z_scores(_logits(scores)), _z_scores(known)
-        return {index: (1 - weight) * logits[index] + weight * first.get(index, 0.0) for index in scores}
-
-    def _result(self, index: int, score: float, blended: float | None) -> RerankResult:
-        document = self.documents[index]
-        if not isinstance(document, Document):
-            return RerankResult(index, float(score), document or "")
-        metadata = {key: _copied(value) for key, value in document.metadata.items()}
-        if "relevance_score" in metadata:
-            metadata = {key: value for key, value in metadata.items() if key not in _PREVIOUS_PASS}
-        metadata.setdefault("retrieval_rank", index + 1)
-        metadata["relevance_score"] = float(score)
-        if isinstance(score, Score):
-            metadata.update(score.details)
-        if blended is not None:
-            metadata["blended_score"] = blended
-        return RerankResult(index, float(score), self._with_stages(document, metadata))
-
-    def _with_stages(self, document: Document, metadata: dict[str, Any]) -> Document:
-        """The copy; from the second pass on with every stage's score in `stage_scores`.
-
-        The stages travel outside the metadata, as an instance attribute that is no field: one pass alone should not
-        say its score twice.
-        """
-        backend = self.reranker.backend
-        stages = [*_stages(document)]
-        stages.append({"backend": backend.name, "model": backend.model, "score": metadata["relevance_score"]})
-        if len(stages) > 1:
-            metadata["stage_scores"] = copy.deepcopy(stages)
-        ranked = document.model_copy(update={"metadata": metadata})
-        ranked.__dict__[_STAGES] = stages
-        return ranked
+class _Work(Protocol):
+    """What can be traced."""
 
     def inputs(self) -> dict[str, Any]:
-        """What the trace sees first: no passage texts."""
-        backend = self.reranker.backend
-        return {
-            "query": self.query,
-            "documents": len(self.documents),
-            "backend": backend.name,
-            "model": backend.model,
-            "top_n": self.top_n,
-        }
+        """What the trace sees first."""
 
-    def outputs(self, usage: Mapping[str, Any]) -> dict[str, Any]:
+    def outputs(self, usage: dict[str, Any]) -> dict[str, Any]:
         """What the trace sees at the end."""
-        ranked = [result.document for result in self.results]
-        return {
-            "ids": [document.id if isinstance(document, Document) else None for document in ranked],
-            "indices": [result.index for result in self.results],
-            "scores": [result.score for result in self.results],
-            "latency_ms": (time.perf_counter() - self.started) * 1000,
-            "usage": dict(usage),
-        }
 
 
-_STAGES = "_rerank_stages"
+def _step(asked: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `compress_documents` out of a chain's mapping."""
+    known = {"query", "documents", "top_n", "score_threshold"}
+    if not {"query", "documents"} <= asked.keys() <= known:
+        raise ConfigurationError(
+            f"A reranking step takes query and documents, and top_n or score_threshold; not {', '.join(sorted(asked))}"
+        )
+    return asked
 
 
-def _stages(document: Document) -> list[dict[str, Any]]:
-    """What earlier passes scored, where one did; a score of unknown origin says so."""
-    if "relevance_score" not in document.metadata:
-        return []
-    unknown = {"backend": None, "model": None, "score": document.metadata["relevance_score"]}
-    stages = document.metadata.get("stage_scores") or document.__dict__.get(_STAGES) or [unknown]
-    return list(stages)
+def _shown(parts: Sequence[Sequence[Ranking]], *, progress: bool) -> Iterator[Sequence[Ranking]]:
+    """The parts, with a bar on standard error if it is asked for."""
+    if not progress:
+        yield from parts
+        return
+    from rich.console import Console
+    from rich.progress import Progress
 
-
-def _text(document: Document | str | None) -> str:
-    return document.page_content if isinstance(document, Document) else document or ""
-
-
-def _retrieval_score(document: Document | str | None) -> float | None:
-    value = document.metadata.get("retrieval_score") if isinstance(document, Document) else None
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def _copied(value: Any) -> Any:
-    """A deep copy; what cannot be copied, such as an open file, is shared rather than lost."""
-    if isinstance(value, _SCALARS):
-        return value
-    try:
-        return copy.deepcopy(value)
-    except Exception:  # noqa: BLE001 - any error may come out of a stranger's __deepcopy__
-        return value
-
-
-def _logits(scores: Mapping[int, float]) -> dict[int, float]:
-    """The logit of each score; an empty text's 0.0, which no model gave, counts as the lowest of the others."""
-    known = {index: _logit(score) for index, score in scores.items() if score > 0}
-    lowest = min(known.values(), default=0.0)
-    return {index: known.get(index, lowest) for index in scores}
-
-
-def _logit(score: float) -> float:
-    bounded = min(max(score, _SMALLEST), 1 - _SMALLEST)
-    return math.log(bounded) - math.log1p(-bounded)
-
-
-def _z_scores(values: Mapping[int, float]) -> dict[int, float]:
-    """Each value less the mean, in standard deviations; zeros where all are equal."""
-    mean = math.fsum(values.values()) / len(values)
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values.values()) / len(values))
-    return {index: (value - mean) / deviation if deviation else 0.0 for index, value in values.items()}
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("Reranking", total=sum(map(len, parts)))
+        for part in parts:
+            yield part
+            bar.advance(task, len(part))

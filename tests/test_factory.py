@@ -136,7 +136,7 @@ def test_two_models_are_refused():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("- a\n- b\n", "must hold a mapping"),
+        ("3\n", "must hold a mapping"),
         ("backend: [unclosed\n", "is not valid YAML"),
         ("", "must hold a mapping"),
     ],

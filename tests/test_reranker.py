@@ -139,6 +139,24 @@ def test_a_wrong_override_is_refused(wrong):
         reranker().compress_documents(documents("a"), "q", **wrong)
 
 
+def test_swapped_arguments_are_noticed():
+    with pytest.raises(TypeError, match="query is list and documents is str"):
+        reranker().rerank(["a"], "q")
+    with pytest.raises(TypeError, match="query is list and documents is str"):
+        reranker().compress_documents("q", documents("a"))
+
+
+def test_warmup_reaches_every_stage():
+    class Loading(LengthBackend):
+        def warmup(self):
+            loaded.append(self.model)
+
+    loaded = []
+    Reranker(backend=Loading(model="large"), after=Reranker(backend=Loading(model="small"))).warmup()
+
+    assert loaded == ["small", "large"]
+
+
 def test_an_unknown_option_is_refused():
     with pytest.raises(ValueError, match="topn"):
         reranker(topn=3)
@@ -311,11 +329,12 @@ class TestBlend:
 
         assert unknown.metadata["blended_score"] == 0.0
 
-    def test_where_no_document_has_one_the_model_decides(self):
+    def test_where_no_document_has_one_the_model_decides_and_says_so(self, caplog):
         ranked = reranker(retrieval_weight=0.5).compress_documents(documents("a", "b"), "q")
 
         assert texts(ranked) == ["b", "a"]
         assert "blended_score" not in ranked[0].metadata
+        assert "retrieval_weight has no effect" in caplog.text
 
     def test_an_empty_text_does_not_upset_the_others(self):
         empty = Document("", metadata={"retrieval_score": 0.0})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,32 @@ class ModelFiles:
             return None
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return content
+
+    def version(self) -> str:
+        """What these files are: the commit of a model of the hub, the digest of a folder's files.
+
+        Raises:
+            OSError: There is no such model, or the hub cannot be reached.
+        """
+        if Path(self.model).is_dir():
+            return folder_digest(Path(self.model))
+        path = self.find("config.json")
+        # The hub's cache keeps each commit's files below snapshots/<commit>/.
+        return path.parent.name if path else self.revision
+
+
+def folder_digest(folder: Path) -> str:
+    """The SHA-256 of all files of a folder and their names, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            content = _sha256(file)
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()  # hashlib.file_digest is of Python 3.11
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

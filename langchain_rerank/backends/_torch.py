@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from typing_extensions import Self
 
+from langchain_rerank.backends._files import ModelFiles
 from langchain_rerank.backends.local import LocalBackend
 from langchain_rerank.errors import ConfigurationError, ModelLoadError
 
@@ -41,6 +42,9 @@ class TorchBackend(LocalBackend):
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the model's `from_pretrained`."""
 
+    without_effect: ClassVar[frozenset[str]] = LocalBackend.without_effect | {"local_files_only", "revision"}
+
+    _digest: str | None = PrivateAttr(default=None)
     _device: Any = PrivateAttr(default=None)
     _dtype: Any = PrivateAttr(default=None)
     _model: Any = PrivateAttr(default=None)
@@ -82,6 +86,19 @@ class TorchBackend(LocalBackend):
         except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ModelLoadError(f"{self.model!r} cannot be loaded: {reason}") from error
+
+    def fingerprint(self) -> dict[str, Any]:
+        """As every backend's, with the device's kind, the dtype and the model's files in place of what was asked for."""
+        device = pick_device(self.device)
+        resolved = {"device": device.type, "dtype": str(pick_dtype(self.dtype, device)), "files": self._files_digest()}
+        return {**super().fingerprint(), **resolved}
+
+    def _files_digest(self) -> str:
+        """The commit of a model of the hub; of a folder the digest of its files, read once."""
+        if self._digest is None:
+            with self._loading():
+                self._digest = ModelFiles(self.model, self.revision or "main", self.local_files_only).version()
+        return self._digest
 
     def _default_batch_tokens(self) -> int:
         return 1024 if self._device is None or self._device.type == "cpu" else 32768

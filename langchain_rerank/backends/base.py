@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from typing_extensions import Self
 
 from langchain_rerank._optional import require
@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 MAX_WAIT = 60.0
 """Most seconds between two attempts, whatever the service asks for."""
+
+MAX_QUERIES = 8
+"""Most queries that `ascore_many` asks a service at a time."""
 
 _usage: ContextVar[dict[str, Any] | None] = ContextVar("langchain_rerank_usage", default=None)
 
@@ -96,6 +99,9 @@ class Backend(BaseModel, ABC):
     extra: ClassVar[str] = ""
     """The extra of this package that brings them."""
 
+    without_effect: ClassVar[frozenset[str]] = frozenset({"max_attempts", "retry_wait"})
+    """Options that change no score, and so stay out of `fingerprint`."""
+
     model: str = ""
     """The model's name, in the backend's own words."""
 
@@ -146,6 +152,44 @@ class Backend(BaseModel, ABC):
         scores = await self._retry(_tenacity().AsyncRetrying)(self._ascore, query, list(known.values()))
         return self._spread(scores, known, len(texts))
 
+    def score_many(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
+        """Score several queries, each with texts of its own; a local model takes them all in one pass.
+
+        Args:
+            requests: Pairs of a query and its texts.
+
+        Returns:
+            For each pair what `score` returns.
+
+        Raises:
+            BackendError: As `score` raises it; no query's scores are returned then.
+        """
+        known = [_scorable(texts) for _, texts in requests]
+        asked = [(_clean(query), list(k.values())) for (query, _), k in zip(requests, known, strict=True) if k]
+        answers = iter(self._retry(_tenacity().Retrying)(self._score_many, asked) if asked else [])
+        return self._spread_many(answers, known, requests)
+
+    async def ascore_many(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
+        """As `score_many`, without blocking the event loop."""
+        known = [_scorable(texts) for _, texts in requests]
+        asked = [(_clean(query), list(k.values())) for (query, _), k in zip(requests, known, strict=True) if k]
+        answers = iter(await self._retry(_tenacity().AsyncRetrying)(self._ascore_many, asked) if asked else [])
+        return self._spread_many(answers, known, requests)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that can change a score, resolved and JSON-safe, without secrets: what a cache's key holds.
+
+        May read the model's files once, but loads no weights.
+        """
+        options = self.model_dump(mode="json", exclude=set(self.without_effect), fallback=repr)
+        secrets = {name for name, value in self if isinstance(value, SecretStr)}
+        kind = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"backend": kind, **{name: value for name, value in options.items() if name not in secrets}}
+
+    async def afingerprint(self) -> dict[str, Any]:
+        """As `fingerprint`, without blocking the event loop."""
+        return await asyncio.to_thread(self.fingerprint)
+
     def warmup(self) -> None:
         """Load ahead of time what the first call would load."""
 
@@ -168,6 +212,20 @@ class Backend(BaseModel, ABC):
     async def _ascore(self, query: str, texts: Sequence[str]) -> Sequence[SupportsFloat]:
         """The hook of those who can await: by default `_score` in a thread."""
         return await asyncio.to_thread(self._score, query, texts)
+
+    def _score_many(self, requests: Sequence[tuple[str, Sequence[str]]]) -> Sequence[Sequence[SupportsFloat]]:
+        """The hook of those who score several queries better together: by default one after the other."""
+        return [self._score(query, texts) for query, texts in requests]
+
+    async def _ascore_many(self, requests: Sequence[tuple[str, Sequence[str]]]) -> Sequence[Sequence[SupportsFloat]]:
+        """By default up to `MAX_QUERIES` at a time, each awaited."""
+        slots = asyncio.Semaphore(MAX_QUERIES)
+
+        async def one(query: str, texts: Sequence[str]) -> Sequence[SupportsFloat]:
+            async with slots:
+                return await self._ascore(query, texts)
+
+        return await asyncio.gather(*(one(query, texts) for query, texts in requests))
 
     def _retry(self, kind: type[tenacity.BaseRetrying]) -> Callable[..., Any]:
         tenacity = _tenacity()
@@ -193,6 +251,17 @@ class Backend(BaseModel, ABC):
         for index, score in zip(known, scores, strict=True):
             spread[index] = self._checked(score, index)
         return spread
+
+    def _spread_many(
+        self,
+        answers: Iterator[Sequence[SupportsFloat]],
+        known: Sequence[Mapping[int, str]],
+        requests: Sequence[tuple[str, Sequence[str]]],
+    ) -> list[list[float]]:
+        return [
+            self._spread(next(answers, ()) if texts else (), texts, len(request[1]))
+            for texts, request in zip(known, requests, strict=True)
+        ]
 
     def _checked(self, score: SupportsFloat, index: int) -> float:
         number = score if isinstance(score, Score) else float(score)

@@ -11,7 +11,8 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from itertools import islice
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +86,8 @@ class LocalBackend(Backend):
     A score is the sigmoid of the model's one logit, in float64, and does not depend on its neighbours
     beyond rounding. Calls take turns: one at a time, in one worker thread when awaited.
     """
+
+    without_effect: ClassVar[frozenset[str]] = Backend.without_effect | {"batch_size", "batch_tokens"}
 
     max_length: int = Field(default=512, ge=32)
     """Most tokens of query and passage together, specials included. Only the passage is cut;
@@ -169,17 +172,27 @@ class LocalBackend(Backend):
             return [float(np.ravel(row)[-1]) for row in self._run(encodings)]
 
     def _score(self, query: str, texts: Sequence[str]) -> list[Score]:
+        return self._score_many([(query, texts)])[0]
+
+    def _score_many(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[list[Score]]:
         with self._lock:
             self._ensure_loaded()
-            pieces = self._pieces(query, texts)
-            rows = self._run([piece.encoding for piece in pieces])
-            self._report_truncated(pieces)
-        return self._best(pieces, rows, len(texts))
+            pieces = [self._pieces(query, texts) for query, texts in requests]
+            flat = [piece for several in pieces for piece in several]
+            rows = iter(self._run([piece.encoding for piece in flat]))
+            self._report_truncated(flat)
+        return [
+            self._best(several, list(islice(rows, len(several))), len(texts))
+            for several, (_, texts) in zip(pieces, requests, strict=True)
+        ]
 
     async def _ascore(self, query: str, texts: Sequence[str]) -> list[Score]:
+        return (await self._ascore_many([(query, texts)]))[0]
+
+    async def _ascore_many(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[list[Score]]:
         # A worker of its own: waiting callers queue there, and do not use up the loop's default threads.
         run = contextvars.copy_context().run
-        return await asyncio.get_running_loop().run_in_executor(self._worker, run, self._score, query, texts)
+        return await asyncio.get_running_loop().run_in_executor(self._worker, run, self._score_many, requests)
 
     def _ensure_loaded(self) -> None:
         if not self._loaded:
