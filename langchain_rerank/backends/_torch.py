@@ -76,11 +76,25 @@ class TorchBackend(LocalBackend):
             "trust_remote_code": self.trust_remote_code,
         }
 
+    def _refuse_random(self, report: Any) -> None:
+        """Refuse a checkpoint that left some of the model's weights as they are drawn: at random.
+
+        Args:
+            report: What `from_pretrained(..., output_loading_info=True)` gives beside the model.
+        """
+        missing = sorted(report["missing_keys"] if isinstance(report, dict) else report.missing_keys)
+        if missing:
+            raise ModelLoadError(
+                f"{self.model!r} lacks trained weights ({', '.join(missing[:3])}): its scores would be random. "
+                "Use a whole checkpoint that was trained as a reranker"
+            )
+
     @contextmanager
     def _loading(self) -> Iterator[None]:
-        """Turn what transformers raises for a model that it cannot load into our error, with its reason."""
+        """Turn what transformers raises for a model that it cannot load into our error, without its progress bars."""
         try:
-            yield
+            with _no_bars():
+                yield
         except ModelLoadError:
             raise
         except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
@@ -88,7 +102,7 @@ class TorchBackend(LocalBackend):
             raise ModelLoadError(f"{self.model!r} cannot be loaded: {reason}") from error
 
     def fingerprint(self) -> dict[str, Any]:
-        """As every backend's, with the device's kind, the dtype and the model's files in place of what was asked for."""
+        """As every backend's, with the kind of device, the dtype and the model's files as they turn out here."""
         device = pick_device(self.device)
         resolved = {"device": device.type, "dtype": str(pick_dtype(self.dtype, device)), "files": self._files_digest()}
         return {**super().fingerprint(), **resolved}
@@ -146,6 +160,21 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
         assert isinstance(chosen, torch.dtype)  # noqa: S101 - for the type checker
         return chosen
     return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """No "Loading weights" bar on standard error meanwhile."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

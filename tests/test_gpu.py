@@ -1,0 +1,105 @@
+"""Local backends on CUDA against the CPU in float32. Run with `pytest -m gpu` where there is a GPU."""
+
+import math
+
+import pytest
+import torch
+
+from langchain_rerank.backends.bge import BGEBackend
+from langchain_rerank.backends.cross_encoder import CrossEncoderBackend
+from langchain_rerank.backends.monot5 import MonoT5Backend
+
+pytestmark = pytest.mark.gpu
+
+QUERY = "Which planet is called the red planet?"
+TEXTS = ["Mars is the red planet.", "Jupiter is large. " * 9, "red", "Venus is hot, they say. " * 40] * 4
+TOLERANCE = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 1e-4}
+
+BACKENDS = {
+    "tiny_bert": CrossEncoderBackend,
+    "tiny_xlmr": CrossEncoderBackend,
+    "tiny_gemma": BGEBackend,
+    "tiny_minicpm": BGEBackend,
+    "tiny_t5": MonoT5Backend,
+    "tiny_mt5": MonoT5Backend,
+}
+
+
+def build(name, folder, **options):
+    if name.endswith("t5"):
+        options |= {"true_token": "▁yes", "false_token": "▁no"} if name == "tiny_mt5" else {}
+        options = {"true_token": "▁true", "false_token": "▁false", **options}
+    if name == "tiny_minicpm":
+        import json
+        from pathlib import Path
+
+        config = json.loads(Path(folder, "config.json").read_text())
+        options = {"cutoff_layers": [config["num_hidden_layers"]], **options}
+    return BACKENDS[name](model=folder, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_scores_on_the_gpu_are_those_of_the_cpu(request, name, dtype):
+    folder = request.getfixturevalue(name)
+    expected = build(name, folder, device="cpu", dtype="float32").score(QUERY, TEXTS)
+    found = build(name, folder, device="cuda", dtype=dtype).score(QUERY, TEXTS)
+
+    assert found == pytest.approx(expected, abs=TOLERANCE[dtype])
+
+
+SHAPES = {
+    "bge-reranker-base, 278M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "bge-reranker-v2-m3, 568M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_full_size_shapes_agree_with_the_cpu(tiny_xlmr, tmp_path, shape, dtype):
+    from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = SHAPES[shape]
+    config = XLMRobertaConfig(
+        vocab_size=250002,
+        max_position_embeddings=8194,
+        intermediate_size=4 * sizes["hidden_size"],
+        num_labels=1,
+        **sizes,
+    )
+    XLMRobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_xlmr).save_pretrained(tmp_path)
+
+    def scores(**options):
+        return CrossEncoderBackend(model=str(tmp_path), **options).score(QUERY, TEXTS)
+
+    assert scores(device="cuda", dtype=dtype) == pytest.approx(
+        scores(device="cpu", dtype="float32"), abs=TOLERANCE[dtype]
+    )
+
+
+def test_memory_does_not_grow_over_a_thousand_calls(tiny_xlmr):
+    backend = CrossEncoderBackend(model=tiny_xlmr, device="cuda")
+    for _ in range(20):
+        backend.score(QUERY, TEXTS)
+    before = torch.cuda.memory_allocated()
+    for _ in range(1000):
+        backend.score(QUERY, TEXTS)
+
+    assert torch.cuda.memory_allocated() <= before + 1_000_000
+
+
+def test_out_of_memory_recovers_and_loses_nothing(tiny_xlmr):
+    backend = CrossEncoderBackend(model=tiny_xlmr, device="cuda", dtype="float32", batch_tokens=10**9)
+    texts = [f"{text} {index}" for index, text in enumerate(TEXTS * 500)]
+    expected = CrossEncoderBackend(model=tiny_xlmr, device="cuda", dtype="float32").score(QUERY, texts)
+    torch.cuda.set_per_process_memory_fraction(0.01)
+    try:
+        found = backend.score(QUERY, texts)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+    assert backend._budget is not None, "it did not run out of memory: nothing was shown"
+    assert all(math.isfinite(score) for score in found)
+    assert found == pytest.approx(expected, abs=1e-4)
