@@ -1,0 +1,216 @@
+"""Export a cross-encoder's safetensors folder to `model.onnx` and `tokenizer.json`, which the embedded backend reads.
+
+    python scripts/export_embedded.py SOURCE TARGET [--dtype float16]
+
+Any sequence-classification model with one label will do. Exporting needs torch, transformers 5 and onnxscript; reading
+the result needs none of them. The same source and the same versions give the same bytes. The graph has standard
+operators only and dynamic axes, and three things that change no score:
+
+- With `float16` the weights are stored in half the bytes. They compute in float32: ONNX Runtime casts them at load.
+- Embedding tables stay float16 in memory; only a batch's rows are cast.
+- The last layer computes the first token alone, since the head reads no other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import types
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+TOLERANCE = 1e-3
+"""Most that a logit of the graph may differ from torch's, with the same weights."""
+
+_SMALL = 4096
+"""Tensors of fewer elements stay float32: there is nothing to save, and norms and biases fuse as they are."""
+
+_SHAPES = ((2, 24), (1, 5), (3, 61))
+"""Pairs and tokens of the batches on which graph and model are compared; the first is traced."""
+
+
+def export(source: Path, target: Path, *, dtype: str = "float16") -> None:
+    """Write `model.onnx` and `tokenizer.json`, once the graph has given the logits that torch gives.
+
+    Args:
+        source: A folder with `config.json`, `model.safetensors` and `tokenizer.json`.
+        target: The folder to write to; made if it is not there.
+        dtype: How weights are stored: `float16` (rounded, if they are not yet) or `float32`.
+
+    Raises:
+        ValueError: The model has more than one label, or the graph computes something else.
+    """
+    import onnx_ir as ir
+
+    model = _load(source, dtype)
+    batches = [_example(model, pairs, tokens) for pairs, tokens in _SHAPES]
+    expected = [model(**batch).logits.numpy() for batch in batches]
+    exported = _trace(model, batches[0])
+    _name_transposed(exported.graph, model.state_dict())
+    if dtype == "float16":
+        _store_as_float16(exported.graph)
+    exported.metadata_props["max_length"] = str(_longest(model.config))
+    proto = ir.to_proto(exported)
+    del proto.graph.value_info[:]  # shapes inside the graph: readers infer them, and some of torch's are wrong
+    content = proto.SerializeToString(deterministic=True)
+    _compare(content, batches, expected)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "model.onnx").write_bytes(content)
+    _export_tokenizer(source / "tokenizer.json", target / "tokenizer.json", model.config.pad_token_id)
+
+
+def _load(source: Path, dtype: str) -> Any:
+    """The model in float32, with the attention that exports to a few plain operators."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        source, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    )
+    if model.config.num_labels != 1:
+        raise ValueError(f"{source} has {model.config.num_labels} labels; a reranker has one, the relevance")
+    for parameter in model.requires_grad_(requires_grad=False).parameters():
+        if dtype == "float16" and parameter.numel() >= _SMALL:
+            parameter.copy_(parameter.half())
+    return model.eval()
+
+
+def _example(model: Any, pairs: int, tokens: int) -> dict[str, torch.Tensor]:
+    """A batch of random tokens, the last pair shorter than the others."""
+    import torch
+
+    random, length = np.random.RandomState(tokens), tokens * 2 // 3
+    ids = torch.from_numpy(random.randint(model.config.vocab_size, size=(pairs, tokens)))
+    mask = torch.ones_like(ids)
+    ids[-1, length:], mask[-1, length:] = model.config.pad_token_id, 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
+        batch["token_type_ids"] = mask * (torch.arange(tokens) > tokens // 3)
+    return batch
+
+
+def _trace(model: Any, batch: dict[str, torch.Tensor]) -> ir.Model:
+    """The model's graph, without the source lines and paths that torch notes in it."""
+    import torch
+
+    layers = getattr(getattr(model.base_model, "encoder", None), "layer", None)
+    if layers is not None and hasattr(getattr(layers[-1], "attention", None), "self"):
+        layers[-1].forward = types.MethodType(_first_token, layers[-1])
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model,
+            kwargs=batch,
+            input_names=list(batch),
+            output_names=["logits"],
+            dynamic_shapes={name: {0: "batch", 1: "sequence"} for name in batch},
+            opset_version=20,
+            verbose=False,
+        )
+    for part in (program.model, program.model.graph, *program.model.graph):
+        part.metadata_props.clear()
+    return program.model
+
+
+def _first_token(layer: Any, hidden: torch.Tensor, mask: torch.Tensor | None = None, *_: Any, **__: Any) -> Any:
+    """An encoder layer for the first token alone, shape (b, t, h) to (b, 1, h): a head reads no more of the last."""
+    attention = layer.attention.self
+    first = hidden[:, :1]
+
+    def heads(states: torch.Tensor) -> torch.Tensor:
+        return states.view(*states.shape[:2], -1, attention.attention_head_size).transpose(1, 2)
+
+    weights = heads(attention.query(first)) @ heads(attention.key(hidden)).transpose(2, 3) * attention.scaling
+    if mask is not None:
+        weights = weights + mask[:, :, :1]
+    context = (weights.softmax(-1) @ heads(attention.value(hidden))).transpose(1, 2).reshape(first.shape)
+    context = layer.attention.output(context, first)
+    return layer.output(layer.intermediate(context), context)
+
+
+def _name_transposed(graph: ir.Graph, state: dict[str, torch.Tensor]) -> None:
+    """Give the matrices that torch transposed and numbered their parameter's name back, with a `.T`."""
+    names = {tensor.T.numpy().tobytes(): name for name, tensor in state.items() if tensor.ndim == 2}
+    for value in list(graph.initializers.values()):
+        name = names.get(value.const_value.numpy().tobytes())
+        if name is not None and value.name not in state:
+            value.name = f"{name}.T"
+
+
+def _store_as_float16(graph: ir.Graph) -> None:
+    """Store each tensor that float16 holds exactly as such, and cast it, or the rows looked up in it, to float32."""
+    import onnx_ir as ir
+
+    for name, value in graph.initializers.items():
+        array = value.const_value.numpy()
+        if array.dtype != np.float32 or array.size < _SMALL or (array.astype(np.float16) != array).any():
+            continue
+        value.const_value = ir.tensor(array.astype(np.float16), name=name)
+        value.dtype = ir.DataType.FLOAT16
+        users = [node for node, _ in value.uses()]
+        rows = [node.outputs[0] for node in users if node.op_type == "Gather"]
+        for half in rows if len(rows) == len(users) else [value]:
+            _cast(graph, half)
+
+
+def _cast(graph: ir.Graph, half: ir.Value) -> None:
+    """Let whatever reads a value read it in float32."""
+    import onnx_ir as ir
+
+    uses = list(half.uses())
+    cast = ir.node("Cast", [half], attributes={"to": ir.DataType.FLOAT}, name=f"{half.name}.float32")
+    cast.outputs[0].name = cast.name
+    half.dtype = ir.DataType.FLOAT16
+    graph.insert_before(min((node for node, _ in uses), key=list(graph).index), cast)
+    for node, index in uses:
+        node.replace_input_with(index, cast.outputs[0])
+
+
+def _longest(config: Any) -> int:
+    """How many tokens the model has positions for; RoBERTa and its kin count them from the padding id on."""
+    offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
+    return int(config.max_position_embeddings) - offset
+
+
+def _compare(content: bytes, batches: list[dict[str, torch.Tensor]], expected: list[np.ndarray]) -> None:
+    """Run the graph, and refuse it where its logits are not torch's."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    for batch, logits in zip(batches, expected, strict=True):
+        [found] = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
+        difference = np.abs(found - logits).max() if found.shape == logits.shape else np.nan
+        if not difference <= TOLERANCE:
+            raise ValueError(f"The graph's logits differ from torch's by {difference}: {found} and {logits}")
+
+
+def _export_tokenizer(source: Path, target: Path, pad_token_id: int) -> None:
+    """The tokenizer without a limit of its own, and with the padding that the model knows."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(source))
+    tokenizer.no_truncation()
+    tokenizer.enable_padding(pad_id=pad_token_id, pad_token=tokenizer.id_to_token(pad_token_id))
+    tokenizer.save(str(target))
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Export a cross-encoder to model.onnx and tokenizer.json.")
+    parser.add_argument("source", type=Path, help="folder with config.json, model.safetensors and tokenizer.json")
+    parser.add_argument("target", type=Path, help="folder to write to")
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="how weights are stored")
+    arguments = parser.parse_args()
+    export(arguments.source, arguments.target, dtype=arguments.dtype)
+
+
+if __name__ == "__main__":
+    main()
