@@ -1,0 +1,429 @@
+"""The two-stage pipeline: retrievers that recall many documents and keep the best few."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from langchain_classic.retrievers.contextual_compression import ContextualCompressionRetriever
+from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
+from langchain_core.documents import BaseDocumentCompressor, Document
+from langchain_core.embeddings import Embeddings
+from langchain_core.retrievers import BaseRetriever, LangSmithRetrieverParams, RetrieverLike
+from langchain_core.runnables import Runnable, run_in_executor
+from langchain_core.vectorstores import VectorStore
+from pydantic import ConfigDict, Field, ValidationError
+
+from langchain_rerank._optional import require
+from langchain_rerank._qdrant.points import to_document, to_points
+from langchain_rerank.errors import ConfigurationError, UnexpectedKeywordError
+from langchain_rerank.factory import init_reranker
+from langchain_rerank.reranker import Reranker
+
+if TYPE_CHECKING:
+    import os
+    from pathlib import Path
+    from types import TracebackType
+
+    from pydantic import SecretStr
+    from qdrant_client import QdrantClient
+    from typing_extensions import Self
+
+    from langchain_rerank.backends.base import Backend
+    from langchain_rerank.sparse import BM25SparseEmbeddings
+
+DEFAULT_K = 50
+"""How many documents the first stage fetches."""
+
+DEFAULT_TOP_N = 5
+"""How many documents a pipeline keeps."""
+
+
+class ScoredRetriever(BaseRetriever):
+    """The best k documents of a vector store, with what the store said of them.
+
+    In the metadata of each document stand `retrieval_score`, the store's own number (of some stores a distance, which
+    is the lower the better), and `retrieval_rank`, from 1. A store without scores gives the rank alone.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    vectorstore: VectorStore
+    """What is searched."""
+
+    k: int = Field(default=DEFAULT_K, ge=1)
+    """How many documents to fetch."""
+
+    filter: Any = None
+    """Which documents to look at, as the store's own `filter` takes it; `None` looks at all."""
+
+    def _get_relevant_documents(
+        self,
+        query: str,
+        *,
+        run_manager: CallbackManagerForRetrieverRun,  # noqa: ARG002  # LangChain's name
+        k: int | None = None,
+        filter: Any = None,  # noqa: A002  # LangChain's name
+        **unknown: Any,
+    ) -> list[Document]:
+        options = self._options(k, filter, unknown)
+        found: Sequence[tuple[Document, float | None]]
+        try:
+            found = self.vectorstore.similarity_search_with_score(query, **options)
+        except NotImplementedError:
+            found = [(document, None) for document in self.vectorstore.similarity_search(query, **options)]
+        return self._marked(found)
+
+    async def _aget_relevant_documents(
+        self,
+        query: str,
+        *,
+        run_manager: AsyncCallbackManagerForRetrieverRun,  # noqa: ARG002
+        k: int | None = None,
+        filter: Any = None,  # noqa: A002
+        **unknown: Any,
+    ) -> list[Document]:
+        options = self._options(k, filter, unknown)
+        found: Sequence[tuple[Document, float | None]]
+        try:
+            found = await self.vectorstore.asimilarity_search_with_score(query, **options)
+        except NotImplementedError:
+            found = [(document, None) for document in await self.vectorstore.asimilarity_search(query, **options)]
+        return self._marked(found)
+
+    def _options(self, k: int | None, chosen: Any, unknown: Mapping[str, Any]) -> dict[str, Any]:
+        _refuse(unknown, "k", "filter")
+        chosen = self.filter if chosen is None else chosen
+        return {"k": _at_least(1, "k", self.k if k is None else k), **({} if chosen is None else {"filter": chosen})}
+
+    def _marked(self, found: Sequence[tuple[Document, float | None]]) -> list[Document]:
+        documents = []
+        for rank, (document, score) in enumerate(found, start=1):
+            original = to_document(document) if self._is_qdrant() else document
+            scored = {} if score is None else {"retrieval_score": float(score)}
+            metadata = {**original.metadata, **scored, "retrieval_rank": rank}
+            documents.append(original.model_copy(update={"metadata": metadata}))
+        return documents
+
+    def _is_qdrant(self) -> bool:
+        """Whether the store is langchain-qdrant's, found out without importing that."""
+        return any(kind.__module__.partition(".")[0] == "langchain_qdrant" for kind in type(self.vectorstore).__mro__)
+
+    def _get_ls_params(self, **kwargs: Any) -> LangSmithRetrieverParams:
+        params = super()._get_ls_params(**kwargs)
+        params["ls_vector_store_provider"] = type(self.vectorstore).__name__
+        return params
+
+
+class QdrantRetriever(ScoredRetriever):
+    """The best k documents of a Qdrant collection; `create_qdrant_retriever` makes it.
+
+    Serves any thread. `ainvoke` searches in a worker thread and never blocks the event loop. An embedded database is
+    searched by one caller at a time.
+
+    The documents come back as they went in, with their own id (a document that had none: that of its point).
+    `close()` or `with` closes the client, unless the client was given.
+    """
+
+    collection: Any = Field(repr=False, exclude=True)
+    """The collection behind `vectorstore`, checked."""
+
+    owns_client: bool = Field(default=True, repr=False, exclude=True)
+    """Whether `close` closes the client."""
+
+    def add_documents(
+        self, documents: Iterable[Document | str | None], *, batch_size: int = 64, progress: bool = True
+    ) -> list[str]:
+        """Write documents, over those with the same ids.
+
+        Args:
+            documents: As `create_qdrant_retriever` takes them.
+            batch_size: How many are embedded and sent at once.
+            progress: Show a bar, if there are several batches and standard error is a terminal.
+
+        Returns:
+            The id of each distinct point.
+
+        Raises:
+            ConfigurationError: Something is no document, or its metadata is no JSON. Nothing was written.
+            RetrieverError: Qdrant could not be reached or refused. What was written stays; doing it again is safe.
+        """
+        points = to_points(documents)
+        self.collection = self.collection.add(points, batch_size=batch_size, progress=progress)
+        self.vectorstore = self.collection.store()
+        return [point.id for point in points]
+
+    async def aadd_documents(
+        self, documents: Iterable[Document | str | None], *, batch_size: int = 64, progress: bool = True
+    ) -> list[str]:
+        """As `add_documents`, in a worker thread."""
+        return await run_in_executor(None, self.add_documents, documents, batch_size=batch_size, progress=progress)
+
+    def close(self) -> None:
+        """Close the client, if it is our own. An embedded database on disk is then free for others."""
+        if self.owns_client:
+            self.collection.connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _options(self, k: int | None, chosen: Any, unknown: Mapping[str, Any]) -> dict[str, Any]:
+        return super()._options(k, _qdrant_filter(chosen), unknown)
+
+
+def create_qdrant_retriever(
+    documents: Iterable[Document | str | None] = (),
+    *,
+    embedding: Embeddings | str | None = None,
+    mode: Literal["dense", "sparse", "hybrid"] | None = None,
+    location: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+    url: str | None = None,
+    client: QdrantClient | None = None,
+    api_key: SecretStr | str | None = None,
+    prefer_grpc: bool = False,
+    timeout: float = 30.0,
+    collection_name: str = "documents",
+    k: int = DEFAULT_K,
+    filter: Any = None,  # noqa: A002  # LangChain's name
+    distance: Literal["cosine", "dot", "euclid", "manhattan"] = "cosine",
+    vector_name: str = "",
+    sparse_vector_name: str = "langchain-sparse",
+    bm25: BM25SparseEmbeddings | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> QdrantRetriever:
+    """Open a Qdrant collection, or make it, and write documents to it.
+
+    Writing the same documents again changes nothing: a point's id is made from the document's id, or from its text
+    and metadata where it has none. After an interruption, do it again. What is stored unchanged is not embedded again,
+    so another embedding of the same size wants another `collection_name`.
+
+    Args:
+        documents: Documents or plain texts to write; none to search what is there. Their metadata must be JSON.
+        embedding: A LangChain embedding, or its name as `init_embeddings` takes it, such as
+            `"huggingface:sentence-transformers/all-MiniLM-L6-v2"`. Without one BM25 searches, which needs no model.
+        mode: `"dense"` searches by the embedding, `"sparse"` by BM25, `"hybrid"` by both, fused by reciprocal rank.
+            Not given: dense where there is an embedding, else sparse.
+        location: `":memory:"`, which is also what you get when no place is given, or a URL.
+        path: A folder on disk, for one process at a time.
+        url: A server, such as `"http://localhost:6333"`.
+        client: A client that you have; it is never closed here.
+        api_key: The server's key. Not given: the environment variable QDRANT_API_KEY, if there is one.
+        prefer_grpc: Talk gRPC to the server.
+        timeout: Seconds to wait for one answer of the server; counted up to whole ones.
+        collection_name: The collection.
+        k: How many documents a search returns.
+        filter: Which documents to search: a `qdrant_client.models.Filter` or its JSON as a mapping. The documents'
+            metadata stands below the key `metadata`.
+        distance: How dense vectors are compared.
+        vector_name: The name of the dense vector; "" is Qdrant's default vector.
+        sparse_vector_name: The name of the BM25 vector.
+        bm25: Other settings of BM25 than the usual.
+        batch_size: How many documents are embedded and sent at once.
+        progress: Show a bar while writing, if there are several batches and standard error is a terminal.
+
+    Returns:
+        The retriever. Its `invoke` takes `k` and `filter` for one call.
+
+    Raises:
+        CollectionMismatchError: The collection was made with another vector size, distance or name, without the IDF
+            modifier or with other BM25 settings. Nothing was written.
+        ConfigurationError: The options contradict each other, or a document cannot be stored. Nothing was written.
+        MissingDependencyError: langchain-qdrant or PyStemmer is not installed.
+        RetrieverUnavailableError: The server does not answer, or another process has the path open.
+        RetrieverError: The server refuses, for example for want of a key.
+
+    Example:
+        >>> from langchain_rerank import create_qdrant_retriever
+        >>> retriever = create_qdrant_retriever(["Mars is the red planet.", "Jupiter is the largest planet."], k=1)
+        >>> [document] = retriever.invoke("Which planet is red?")
+        >>> document.page_content
+        'Mars is the red planet.'
+    """
+    require("langchain_qdrant", "qdrant_client", "Stemmer", extra="qdrant")
+    from langchain_rerank._qdrant.collection import Collection, choose_vectors
+    from langchain_rerank._qdrant.connection import connect
+
+    _at_least(1, "k", k)
+    _at_least(1, "batch_size", batch_size)
+    chosen, points = _qdrant_filter(filter), to_points(documents)
+    vectors = choose_vectors(
+        mode, embedding, bm25, distance=distance, dense_name=vector_name, sparse_name=sparse_vector_name
+    )
+    connection = connect(
+        location=location,
+        path=path,
+        url=url,
+        client=client,
+        api_key=api_key,
+        prefer_grpc=prefer_grpc,
+        timeout=timeout,
+    )
+    try:
+        collection = Collection.open(connection, collection_name, vectors)
+        collection = collection.add(points, batch_size=batch_size, progress=progress)
+    except BaseException:
+        if client is None:
+            connection.close()
+        raise
+    return QdrantRetriever(
+        vectorstore=collection.store(), k=k, filter=chosen, collection=collection, owns_client=client is None
+    )
+
+
+class RerankRetriever(ContextualCompressionRetriever):
+    """Retrieves many documents, keeps the best few; `create_rerank_retriever` makes it.
+
+    Takes the place of any LangChain retriever. `invoke`, `ainvoke` and `batch` take `top_n`, `k` and `filter` for one
+    call; `None` is the same as not given.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    top_n: int | None = Field(default=None, ge=0)
+    """How many documents to keep. `None` leaves it to the compressor's own `top_n`, and keeps 5 where that says
+    nothing."""
+
+    k: int | None = Field(default=None, ge=1)
+    """How many documents to rank. `None` leaves it to the base retriever."""
+
+    def _get_relevant_documents(
+        self,
+        query: str,
+        *,
+        run_manager: CallbackManagerForRetrieverRun,
+        k: int | None = None,
+        top_n: int | None = None,
+        filter: Any = None,  # noqa: A002  # LangChain's name
+        **unknown: Any,
+    ) -> list[Document]:
+        options, keep = self._search_options(k, filter, unknown), self._keep(top_n)
+        found = self.base_retriever.invoke(query, {"callbacks": run_manager.get_child()}, **options)
+        if not found:
+            return []
+        ranked = self.base_compressor.compress_documents(
+            found, query, run_manager.get_child(), **self._compress_options(keep)
+        )
+        return list(ranked)[:keep]
+
+    async def _aget_relevant_documents(
+        self,
+        query: str,
+        *,
+        run_manager: AsyncCallbackManagerForRetrieverRun,
+        k: int | None = None,
+        top_n: int | None = None,
+        filter: Any = None,  # noqa: A002
+        **unknown: Any,
+    ) -> list[Document]:
+        options, keep = self._search_options(k, filter, unknown), self._keep(top_n)
+        found = await self.base_retriever.ainvoke(query, {"callbacks": run_manager.get_child()}, **options)
+        if not found:
+            return []
+        ranked = await self.base_compressor.acompress_documents(
+            found, query, run_manager.get_child(), **self._compress_options(keep)
+        )
+        return list(ranked)[:keep]
+
+    def _search_options(self, k: int | None, chosen: Any, unknown: Mapping[str, Any]) -> dict[str, Any]:
+        _refuse(unknown, "k", "top_n", "filter")
+        given = {"k": self.k if k is None else k, "filter": chosen}
+        return _for_search(self.base_retriever, {name: value for name, value in given.items() if value is not None})
+
+    def _keep(self, top_n: int | None) -> int:
+        own = getattr(self.base_compressor, "top_n", None)
+        chosen = next(n for n in (top_n, self.top_n, own, DEFAULT_TOP_N) if n is not None)
+        return _at_least(0, "top_n", chosen)
+
+    def _compress_options(self, keep: int) -> dict[str, Any]:
+        """A `Reranker` is told how many to keep; of any other compressor's documents the first are kept."""
+        return {"top_n": keep} if isinstance(self.base_compressor, Reranker) else {}
+
+
+def create_rerank_retriever(
+    retriever: RetrieverLike | VectorStore,
+    reranker: BaseDocumentCompressor | Backend | str | Path | Mapping[str, Any] | None = None,
+    *,
+    k: int | None = None,
+    top_n: int | None = None,
+) -> RerankRetriever:
+    """Put a reranker behind a retriever.
+
+    Args:
+        retriever: What recalls the candidates: a vector store (its scores are kept as `retrieval_score`), or any
+            LangChain retriever.
+        reranker: A `Reranker`, any other LangChain document compressor, or what `init_reranker` takes; nothing is the
+            embedded model.
+        k: How many candidates to fetch, 50 if not given. Only for vector stores and the retrievers of this package;
+            others decide it themselves.
+        top_n: How many documents to keep. Not given: the reranker's own `top_n`, else 5.
+
+    Returns:
+        The retriever. Its `invoke` takes `top_n` for one call, and `k` and `filter` where the first stage does.
+
+    Raises:
+        ConfigurationError: `k` for a retriever that does not take it, or something that is no retriever or reranker.
+
+    Example:
+        >>> from langchain_rerank import create_qdrant_retriever, create_rerank_retriever
+        >>> recall = create_qdrant_retriever(["Jupiter is the largest planet.", "Mars is called the red planet."])
+        >>> retriever = create_rerank_retriever(recall, "embedded", top_n=1)
+        >>> [best] = retriever.invoke("Which one is called the red planet?")
+        >>> best.page_content
+        'Mars is called the red planet.'
+    """
+    for name, value, least in (("k", k, 1), ("top_n", top_n, 0)):
+        if value is not None:
+            _at_least(least, name, value)
+    compressor = reranker if isinstance(reranker, BaseDocumentCompressor) else init_reranker(reranker)
+    if isinstance(retriever, VectorStore):
+        recall: RetrieverLike = ScoredRetriever(vectorstore=retriever, k=DEFAULT_K if k is None else k)
+        return RerankRetriever(base_retriever=recall, base_compressor=compressor, top_n=top_n)
+    if not isinstance(retriever, Runnable):
+        raise ConfigurationError(
+            f"retriever is a {type(retriever).__name__}, not a LangChain retriever or vector store"
+        )
+    if k is not None:
+        _for_search(retriever, {"k": k})
+    return RerankRetriever(base_retriever=retriever, base_compressor=compressor, top_n=top_n, k=k)
+
+
+def _qdrant_filter(content: Any) -> Any:
+    """A mapping as Qdrant's `Filter`; anything else as it is."""
+    if not isinstance(content, Mapping):
+        return content
+    from qdrant_client.models import Filter
+
+    try:
+        return Filter(**content)
+    except ValidationError as error:
+        raise ConfigurationError(f"{content} is not a Qdrant filter: {error}") from error
+
+
+def _for_search(retriever: RetrieverLike, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, if the retriever takes them."""
+    if options and not isinstance(retriever, ScoredRetriever):
+        raise UnexpectedKeywordError(
+            f"{type(retriever).__name__} does not take {' and '.join(options)} for one call. Vector stores and the "
+            "retrievers of this package do: give create_rerank_retriever the vector store itself."
+        )
+    return options
+
+
+def _refuse(unknown: Mapping[str, Any], *known: str) -> None:
+    if unknown:
+        raise UnexpectedKeywordError(
+            f"Unknown keyword {', '.join(map(repr, unknown))}. A call takes {', '.join(known)}."
+        )
+
+
+def _at_least(least: int, name: str, value: int) -> int:
+    if not isinstance(value, int) or value < least:
+        raise ConfigurationError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+    return value
