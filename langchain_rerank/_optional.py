@@ -8,15 +8,22 @@ from langchain_rerank.errors import MissingDependencyError
 
 
 def missing(*modules: str) -> list[str]:
-    """Those of the top-level `modules` that cannot be imported; nothing is imported."""
-    return [name for name in modules if find_spec(name) is None]
+    """Those of the modules that are not installed; nothing is imported but a submodule's parents."""
+    return [name for name in modules if not _is_installed(name)]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # of a submodule: its parent is not there
+        return False
 
 
 def require(*modules: str, extra: str) -> None:
     """Check that libraries are installed, without importing them.
 
     Args:
-        modules: Names of top-level modules.
+        modules: Names of modules, such as `torch` or `google.protobuf`.
         extra: The extra of this package that brings them.
 
     Raises:

@@ -134,10 +134,6 @@ class CausalRerankerBackend(TorchBackend):
         )
         return features
 
-    def _pad_id(self) -> int:
-        pad: int = self._model.tokenizer.pad_token_id
-        return pad
-
     def _encode(self, query: str, texts: Sequence[str]) -> list[Encoding]:
         query = self._cut(query)
         whole = self._encode_whole(query, texts)

@@ -32,12 +32,14 @@ class ModelFiles:
             path = Path(self.model, name)
             return path if path.is_file() else None
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             return Path(
                 hf_hub_download(self.model, name, revision=self.revision, local_files_only=self.local_files_only)
             )
+        except LocalEntryNotFoundError:
+            raise  # not in the cache, and the hub was not asked or not reached: nothing is known of the file
         except EntryNotFoundError:
             return None
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -76,14 +77,21 @@ class TorchBackend(LocalBackend):
             "trust_remote_code": self.trust_remote_code,
         }
 
-    def _refuse_random(self, report: Any) -> None:
-        """Refuse a checkpoint that left some of the model's weights as they are drawn: at random.
+    def _weights_options(self) -> dict[str, Any]:
+        """The arguments that a model's `from_pretrained` takes beside `_source`; no `.bin` file may run code."""
+        return {"dtype": self._dtype, **self.model_kwargs, "weights_only": True}
 
-        Args:
-            report: What `from_pretrained(..., output_loading_info=True)` gives beside the model.
-        """
-        missing = sorted(report["missing_keys"] if isinstance(report, dict) else report.missing_keys)
-        if missing:
+    def _pretrained(self, kind: Any, config: Any) -> Any:
+        """The whole model of an `AutoModelFor...` class, none of it made up; to be called in `_loading`."""
+        model, report = kind.from_pretrained(
+            self.model, config=config, **self._source(), **self._weights_options(), output_loading_info=True
+        )
+        self._refuse_random(report["missing_keys"] if isinstance(report, dict) else report.missing_keys)
+        return model
+
+    def _refuse_random(self, missing: Iterable[str]) -> None:
+        """Refuse a checkpoint that lacks weights, which then are as they were drawn: at random."""
+        if missing := sorted(missing):
             raise ModelLoadError(
                 f"{self.model!r} lacks trained weights ({', '.join(missing[:3])}): its scores would be random. "
                 "Use a whole checkpoint that was trained as a reranker"
@@ -97,6 +105,11 @@ class TorchBackend(LocalBackend):
                 yield
         except ModelLoadError:
             raise
+        except UnpicklingError as error:
+            raise ModelLoadError(
+                f"{self.model!r} has a pytorch_model.bin with more than tensors in it; reading that may run code, and "
+                "was refused. Use a checkpoint in safetensors"
+            ) from error
         except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ModelLoadError(f"{self.model!r} cannot be loaded: {reason}") from error

@@ -74,20 +74,13 @@ class CrossEncoderBackend(TorchBackend):
         given = {name: getattr(self, name) for name in self.model_fields_set}
         self._chosen = CausalRerankerBackend(**{**given, "model": self.model})
         self._chosen._load()  # noqa: SLF001 - it stands in for this one
-        self._pad, self._longest = self._chosen._pad_id(), self._chosen._longest  # noqa: SLF001
+        self._longest = self._chosen._longest  # noqa: SLF001
 
     def _load_encoder(self, config: Any, tokenizer: Any) -> None:
         from transformers import AutoModelForSequenceClassification
 
         with self._loading():
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                self.model,
-                config=config,
-                **self._source(),
-                **{"dtype": self._dtype, **self.model_kwargs},
-                output_loading_info=True,
-            )
-        self._refuse_random(report)
+            model = self._pretrained(AutoModelForSequenceClassification, config)
         self._set_longest(_longest(config, tokenizer))
         self._wants_type_ids = "token_type_ids" in tokenizer.model_input_names
         self._tokenizer = self._backend_tokenizer(tokenizer)

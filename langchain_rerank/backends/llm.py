@@ -37,15 +37,7 @@ class LLMBackend(PromptBackend):
             config = AutoConfig.from_pretrained(self.model, **self._source())
             self._check(config)
             tokenizer = AutoTokenizer.from_pretrained(self.model, **self._source())
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.model,
-                config=config,
-                **self._source(),
-                **{"dtype": self._dtype, **self.model_kwargs},
-                output_loading_info=True,
-            )
-        model, report = loaded
-        self._refuse_random(report)
+            model = self._pretrained(AutoModelForCausalLM, config)
         begin = None if tokenizer.bos_token_id == tokenizer.pad_token_id else tokenizer.bos_token_id
         self._set_tokenizer(tokenizer, begin=begin, positions=getattr(config, "max_position_embeddings", None))
         self._model = model.eval().to(self._device)

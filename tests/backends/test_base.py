@@ -4,6 +4,7 @@ import math
 import pytest
 from pydantic import PrivateAttr, ValidationError
 
+from langchain_rerank._optional import missing
 from langchain_rerank.backends.base import Backend, Score, collect_usage, report_usage
 from langchain_rerank.errors import BackendError, MissingDependencyError, RerankError, TransientError
 
@@ -123,6 +124,10 @@ def test_a_missing_library_is_said_at_construction():
     assert str(caught.value) == "no_such_library not found. Install with: pip install 'langchain-rerank[needy]'"
     assert caught.value.name == "no_such_library"
     assert isinstance(caught.value, ImportError)
+
+
+def test_a_submodule_whose_parent_is_not_there_is_missing():
+    assert missing("no_such_library.part", "json.decoder") == ["no_such_library.part"]
 
 
 def test_options_are_frozen_and_typos_refused():
