@@ -4,12 +4,12 @@ from importlib.metadata import EntryPoint
 
 import pytest
 from fakes import LengthBackend
-from langchain_rerank.backends.embedded import EmbeddedBackend
 from pydantic import SecretStr
 
 from langchain_rerank import Reranker, init_reranker
 from langchain_rerank.backends.base import Backend
 from langchain_rerank.backends.cross_encoder import CrossEncoderBackend
+from langchain_rerank.backends.embedded import EmbeddedBackend
 from langchain_rerank.errors import ConfigurationError, MissingDependencyError
 from langchain_rerank.factory import backend_class, installed_backends
 
