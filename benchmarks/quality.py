@@ -22,7 +22,7 @@ import ir_measures
 import numpy as np
 from langchain_core.documents import Document
 
-from langchain_rerank import create_qdrant_retriever
+from langchain_rerank import Reranker, create_qdrant_retriever, init_reranker
 from langchain_rerank.sparse import BM25SparseEmbeddings
 
 SEED = 0
@@ -98,6 +98,44 @@ def bm25_against_bm25s(data: Path, *, short: bool) -> Iterator[Row]:
             ndcg(collection, run),
             least=reference - margin,
         )
+
+
+def embedded_over_bm25(data: Path, *, short: bool) -> Iterator[Row]:
+    """The embedded reranker over BM25's best 50, alone where questions meet answers, mixed in elsewhere."""
+    for name, weight, margin in (("stackfaq", 0.0, -0.05), ("scifact", 0.5, 0.0), ("cranfield", 0.5, 0.0)):
+        collection = load(data, name, 25 if short else QUERIES)
+        before = bm25_run(collection)
+        after = reranked(collection, before, init_reranker("embedded", retrieval_weight=weight))
+        reference = ndcg(collection, before)
+        what = f"embedded over BM25's top 50, retrieval_weight {weight}"
+        value = ndcg(collection, after)
+        yield Row(what, name, len(collection.queries), str(NDCG), reference, value, least=reference - margin)
+
+
+def passages_against_truncation(data: Path, *, short: bool) -> Iterator[Row]:
+    """Long documents read whole, beside long documents cut, by a model that is shown 64 tokens at a time."""
+    collection = load(data, "cranfield", 10 if short else 100)
+    before = bm25_run(collection)
+    cut, whole = (
+        ndcg(collection, reranked(collection, before, init_reranker("embedded", max_length=64, long_documents=how)))
+        for how in ("truncate", "max_passage")
+    )
+    what = "max_passage, truncate beside it, max_length 64"
+    yield Row(what, collection.name, len(collection.queries), str(NDCG), cut, whole, least=cut)
+
+
+def reranked(collection: Collection, run: Run, reranker: Reranker, depth: int = 50) -> Run:
+    """The best `depth` documents of each query in the reranker's order, the rank as the score."""
+    found = {}
+    for query, text in collection.queries.items():
+        best = sorted(run[query].items(), key=lambda item: -item[1])[:depth]
+        documents = [
+            Document(id=name, page_content=collection.documents[name], metadata={"retrieval_score": score})
+            for name, score in best
+        ]
+        ranked = reranker.compress_documents(documents, text)
+        found[query] = {str(document.id): -float(rank) for rank, document in enumerate(ranked)}
+    return found
 
 
 def bm25_run(collection: Collection) -> Run:
@@ -181,7 +219,11 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
-MEASUREMENTS: dict[str, Callable[..., Iterator[Row]]] = {"bm25": bm25_against_bm25s}
+MEASUREMENTS: dict[str, Callable[..., Iterator[Row]]] = {
+    "bm25": bm25_against_bm25s,
+    "embedded": embedded_over_bm25,
+    "long-documents": passages_against_truncation,
+}
 """By the name that `--only` takes; each is called with the data's folder and `short`, and yields rows."""
 
 

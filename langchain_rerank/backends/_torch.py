@@ -100,6 +100,8 @@ class TorchBackend(LocalBackend):
     @contextmanager
     def _loading(self) -> Iterator[None]:
         """Turn what transformers raises for a model that it cannot load into our error, without its progress bars."""
+        if _is_path(self.model) and not Path(self.model).is_dir():
+            raise ModelLoadError(f"{self.model!r} is no folder here; give one, or a name on the Hugging Face hub")
         try:
             with _no_bars():
                 yield
@@ -173,6 +175,11 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
         assert isinstance(chosen, torch.dtype)  # noqa: S101 - for the type checker
         return chosen
     return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+
+
+def _is_path(model: str) -> bool:
+    """Whether it can be no name on the hub, which has one slash at most."""
+    return model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1
 
 
 @contextmanager

@@ -191,12 +191,15 @@ def test_a_model_without_a_chat_template_reads_the_pair_as_its_tokenizer_writes_
     assert backend_for(model).logits(QUERY, MIXED) == pytest.approx(predicted(model, QUERY, MIXED), abs=1e-4)
 
 
-def test_a_classifier_with_a_prompt_is_scored_with_it(tmp_path):
-    """A language model turned into a classifier keeps its prompt; `[query, passage]` alone would be another input."""
-    (tmp_path / "plain").mkdir()
+@pytest.fixture(scope="session")
+def plain_classifier(tmp_path_factory):
     changes = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "tie_word_embeddings": True}
-    plain = language_model(tmp_path / "plain", "Qwen3ForSequenceClassification", **changes)
-    model = save(tmp_path / "saved", plain, task="sequence-classification")
+    return language_model(tmp_path_factory.mktemp("classifier"), "Qwen3ForSequenceClassification", **changes)
+
+
+def test_a_classifier_with_a_prompt_is_scored_with_it(plain_classifier, tmp_path):
+    """A language model turned into a classifier keeps its prompt; query and passage alone would be another input."""
+    model = save(tmp_path, plain_classifier, task="sequence-classification")
     expected = predicted(model, QUERY, MIXED)
 
     assert np.std(expected) > 0.1
@@ -350,10 +353,17 @@ def test_a_model_that_reads_token_types_gets_them(plain_bigcode, tmp_path):
     assert backend_for(model).logits(QUERY, MIXED) == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, None])
-def test_a_tokenizer_without_a_padding_token_is_no_obstacle(plain_qwen, tmp_path, template):
+@pytest.mark.parametrize(
+    ("plain", "kind"),
+    [
+        ("plain_qwen", {}),
+        ("plain_qwen", {"template": None}),
+        ("plain_classifier", {"task": "sequence-classification"}),
+    ],
+)
+def test_a_tokenizer_without_a_padding_token_is_no_obstacle(request, tmp_path, plain, kind):
     """langchain-community#430."""
-    model = save(tmp_path, plain_qwen, template=template)
+    model = save(tmp_path, request.getfixturevalue(plain), **kind)
     expected = predicted(model, QUERY, MIXED)
     edit(model, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", pad_token=None)
     edit(model, "config.json", pad_token_id=None)
@@ -397,6 +407,15 @@ def test_an_embedding_model_is_refused(tiny_qwen, copy_of):
     edit(model, "config_sentence_transformers.json", model_type="SentenceTransformer")
 
     with pytest.raises(ModelLoadError, match="without the files of a sentence-transformers CrossEncoder"):
+        backend_for(model).warmup()
+
+
+def test_files_without_a_head_are_refused(tiny_qwen, copy_of):
+    model = copy_of(tiny_qwen)
+    modules = json.loads(Path(model, "modules.json").read_text())
+    Path(model, "modules.json").write_text(json.dumps(modules[:1]))
+
+    with pytest.raises(ModelLoadError, match="has 2 labels; a reranker has one"):
         backend_for(model).warmup()
 
 
@@ -466,6 +485,13 @@ def test_options_of_from_pretrained_reach_it(tiny_qwen):
 
     assert backend._chosen._network.config._attn_implementation == "eager"
     assert backend._chosen._network.dtype == torch.bfloat16
+
+
+def test_a_folders_name_is_not_looked_up_on_the_hub(tiny_qwen):
+    backend = backend_for(tiny_qwen)
+    backend.warmup()
+
+    assert backend._chosen._model.model_card_data.local_files_only
 
 
 def test_a_name_on_the_hub_is_taken_from_the_cache(tiny_qwen, tmp_path, monkeypatch):

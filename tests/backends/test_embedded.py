@@ -1,5 +1,6 @@
 import hashlib
 import logging
+import os
 import pickle
 import runpy
 import shutil
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from langchain_rerank import init_reranker
-from langchain_rerank.backends.embedded import EmbeddedBackend
+from langchain_rerank.backends.embedded import EmbeddedBackend, _default_threads
 from langchain_rerank.data import EMBEDDED_MODEL
 from langchain_rerank.errors import ConfigurationError, ModelLoadError
 from langchain_rerank.testing import BackendTests
@@ -159,6 +160,18 @@ def test_eight_threads_at_once_get_the_scores_of_one():
 
 def test_the_number_of_threads_does_not_matter(packaged):
     assert EmbeddedBackend(threads=1).score(QUERY, TEXTS) == pytest.approx(packaged.score(QUERY, TEXTS), abs=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux confines a process to cores")
+def test_a_process_confined_to_one_core_uses_one_thread():
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        threads = _default_threads()
+    finally:
+        os.sched_setaffinity(0, cores)
+
+    assert threads == (1 if os.cpu_count() > 1 else 0)
 
 
 def test_a_pickle_holds_options_and_no_weights(packaged):
