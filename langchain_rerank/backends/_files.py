@@ -39,7 +39,10 @@ class ModelFiles:
                 hf_hub_download(self.model, name, revision=self.revision, local_files_only=self.local_files_only)
             )
         except LocalEntryNotFoundError:
-            raise  # not in the cache, and the hub was not asked or not reached: nothing is known of the file
+            # The hub was not asked, or not reached. Where the cache has the model, what it lacks is no file of it.
+            if name == "config.json" or self.find("config.json") is None:
+                raise
+            return None
         except EntryNotFoundError:
             return None
 
