@@ -331,7 +331,9 @@ def test_a_table_that_nobody_reads_is_no_error():
 
 def test_ctrl_c_ends_quietly_with_status_130(tmp_path):
     os.mkfifo(tmp_path / "never.txt")
-    command = [*PROGRAM, "rank", QUERY, str(tmp_path / "never.txt")]
+    # A shell that starts the tests in the background has its children ignore SIGINT; this child must not.
+    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", heard, *PROGRAM, "rank", QUERY, str(tmp_path / "never.txt")]
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as reader,
         (tmp_path / "never.txt").open("w"),  # opens once the program reads
