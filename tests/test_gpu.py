@@ -79,6 +79,47 @@ def test_full_size_shapes_agree_with_the_cpu(tiny_xlmr, tmp_path, shape, dtype):
     )
 
 
+def _gemma_2b(tokenizer):
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 1}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    return GemmaForCausalLM(GemmaConfig(vocab_size=256000, intermediate_size=16384, head_dim=256, **sizes, **ids))
+
+
+def _t5(**sizes):
+    def build(tokenizer):
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        ids = {"pad_token_id": tokenizer.pad_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
+        return T5ForConditionalGeneration(
+            T5Config(vocab_size=32128, eos_token_id=tokenizer.eos_token_id, **sizes, **ids)
+        )
+
+    return build
+
+
+LARGE = {
+    "gemma-2b": ("tiny_gemma", _gemma_2b),
+    "T5-base": ("tiny_t5", _t5(d_model=768, d_ff=3072, num_layers=12, num_heads=12)),
+    "T5-3B": ("tiny_t5", _t5(d_model=1024, d_ff=16384, d_kv=128, num_layers=24, num_heads=32)),
+}
+
+
+@pytest.mark.parametrize("shape", LARGE)
+def test_language_models_of_full_size_agree_with_the_cpu_in_bfloat16(request, tmp_path, shape):
+    from transformers import AutoTokenizer
+
+    name, network = LARGE[shape]
+    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(name))
+    torch.manual_seed(0)
+    network(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    expected = build(name, str(tmp_path), device="cpu", dtype="float32").score(QUERY, TEXTS[:4])
+
+    assert build(name, str(tmp_path), device="cuda").score(QUERY, TEXTS[:4]) == pytest.approx(expected, abs=5e-2)
+
+
 def test_memory_does_not_grow_over_a_thousand_calls(tiny_xlmr):
     backend = CrossEncoderBackend(model=tiny_xlmr, device="cuda")
     for _ in range(20):

@@ -196,21 +196,49 @@ class ServiceBackend(Backend):
         return text
 
 
-@dataclass(frozen=True)
 class LoopClient:
-    """What belongs to one event loop."""
+    """What belongs to one event loop.
 
-    client: httpx.AsyncClient
-    slots: asyncio.Semaphore
-    letting_go: weakref.finalize[..., Clients]
-    """Drops the client's closer when nobody holds the `Clients` any more."""
+    A pooled connection belongs to the loop that opened it and is closed only there. The one thing that every loop
+    closes before it ends is its async generators (`loop.shutdown_asyncgens()`, which `asyncio.run` calls), so each
+    client has one.
+
+    Args:
+        client: The client.
+        max_concurrency: Most requests at a time.
+    """
+
+    def __init__(self, client: httpx.AsyncClient, max_concurrency: int) -> None:
+        self.client = client
+        self.slots = asyncio.Semaphore(max_concurrency)
+        self.unneeded: weakref.finalize[..., Clients] | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    async def closer(self, owner: weakref.ref[Clients]) -> AsyncGenerator[None, None]:
+        """Once started, it closes the client when the loop ends."""
+        try:
+            yield
+        finally:
+            clients = owner()
+            if clients is not None:
+                clients.forget(asyncio.get_running_loop())
+            await self._close()
+
+    async def let_go(self, closer: AsyncGenerator[None, None], kept: weakref.finalize[..., Any]) -> None:
+        """Close the client, and then what would have closed it."""
+        await self._close()
+        kept.detach()
+        with contextlib.suppress(RuntimeError):  # the loop's end was faster: it is closing the closer already
+            await closer.aclose()
+
+    async def _close(self) -> None:
+        self._closing = self._closing or asyncio.ensure_future(self.client.aclose())
+        await asyncio.wait([self._closing])
+        await self.client.aclose()  # does nothing, unless the loop's end cancelled the task before it began
 
 
 class Clients:
     """The `httpx` clients of one backend: one for all threads, one for each event loop, opened at first use.
-
-    A pooled connection belongs to the loop that opened it. The one thing that every loop closes before it ends is its
-    async generators (`loop.shutdown_asyncgens()`, which `asyncio.run` calls), so each async client lives in one.
 
     Args:
         max_concurrency: Most requests at a time in one event loop.
@@ -234,30 +262,29 @@ class Clients:
             return self._shared
 
     async def here(self, options: Callable[[], Mapping[str, Any]]) -> LoopClient:
-        """What belongs to the running loop."""
+        """What belongs to the running loop; closed with this object, or when the loop ends."""
         loop = asyncio.get_running_loop()
         if loop not in self._by_loop:
-            self._by_loop[loop] = loop.create_task(self._open(options))
+            self._by_loop[loop] = loop.create_task(self._open(loop, options))
         return await asyncio.shield(self._by_loop[loop])  # who gives up waiting does not stop the others
 
-    async def _open(self, options: Callable[[], Mapping[str, Any]]) -> LoopClient:
+    async def _open(self, loop: asyncio.AbstractEventLoop, options: Callable[[], Mapping[str, Any]]) -> LoopClient:
         try:
-            client = await asyncio.to_thread(_async_client, options)
+            opened = LoopClient(await asyncio.to_thread(_async_client, options), self._max_concurrency)
         except BaseException:
-            self._by_loop.pop(asyncio.get_running_loop(), None)
+            self._by_loop.pop(loop, None)
             raise
-        closer = _closing(client, weakref.ref(self))
+        closer = opened.closer(weakref.ref(self))
         await anext(closer)
-        # Held from outside: within a reference cycle the sockets might be collected before their closer.
-        letting_go = weakref.finalize(self, _let_go, closer)
-        letting_go.atexit = False
-        return LoopClient(client, asyncio.Semaphore(self._max_concurrency), letting_go)
+        opened.unneeded = weakref.finalize(self, _let_go, loop, opened, closer)
+        opened.unneeded.atexit = False
+        return opened
 
     def forget(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Let go of a loop whose client is being closed."""
-        opened = self._by_loop.pop(loop, None)
-        if opened:
-            opened.result().letting_go.detach()
+        """Hold nothing more of a loop that ends."""
+        opened = self._by_loop.pop(loop).result()
+        if opened.unneeded:
+            opened.unneeded.detach()
 
 
 def _async_client(options: Callable[[], Mapping[str, Any]]) -> httpx.AsyncClient:
@@ -268,19 +295,12 @@ def _async_client(options: Callable[[], Mapping[str, Any]]) -> httpx.AsyncClient
     return httpx.AsyncClient(**options())
 
 
-async def _closing(client: httpx.AsyncClient, owner: weakref.ref[Clients]) -> AsyncGenerator[None, None]:
-    """Once started, closes the client when its loop shuts down, or when nobody holds this generator any more."""
-    try:
-        yield
-    finally:
-        clients = owner()
-        if clients is not None:
-            clients.forget(asyncio.get_running_loop())
-        await client.aclose()
-
-
-def _let_go(closer: AsyncGenerator[None, None]) -> None:
-    """That was the last reference: the closer's loop now closes it."""
+def _let_go(loop: asyncio.AbstractEventLoop, opened: LoopClient, closer: AsyncGenerator[None, None]) -> None:
+    """Nobody holds the `Clients` any more: close the loop's client, which only the loop can."""
+    kept = weakref.finalize(loop, lambda _: None, closer)  # held until then: the loop's end may cancel the task below
+    kept.atexit = False
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(lambda: loop.create_task(opened.let_go(closer, kept)))
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

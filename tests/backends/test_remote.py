@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 
@@ -21,7 +22,7 @@ from langchain_core.rate_limiters import BaseRateLimiter
 from rerank_server import Reply, RerankServer, relevance
 
 from langchain_rerank import Reranker, init_reranker
-from langchain_rerank.backends._requests import retry_after
+from langchain_rerank.backends._requests import Clients, retry_after
 from langchain_rerank.backends.base import Backend
 from langchain_rerank.backends.remote import RemoteBackend
 from langchain_rerank.errors import (
@@ -714,6 +715,50 @@ async def test_a_backend_that_is_dropped_closes_its_connections_while_the_loop_g
     gc.collect()
     await asyncio.sleep(0.05)
     assert await asyncio.to_thread(server.wait_for, server.is_left_alone)
+
+
+@pytest.mark.parametrize("steps", [0, 30])
+def test_clients_that_are_dropped_as_the_loop_ends_are_closed_too(server, steps):
+    """At the very end the loop cancels every task, also one that is about to close the client."""
+    server.always = Reply(seconds=0.05)
+
+    async def main():
+        clients = Clients(3)
+        client = (await clients.here(dict)).client
+        await asyncio.gather(*(client.get(f"{server.url}/info") for _ in range(3)))
+        assert server.open_connections == 3
+        del clients, client
+        for _ in range(steps):
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+    gc.collect()
+    assert server.wait_for(server.is_left_alone)
+
+
+async def test_dropped_clients_leave_nothing_behind_in_a_loop_that_goes_on(server):
+    clients = Clients(3)
+    opened = await clients.here(dict)
+    await opened.client.get(f"{server.url}/info")
+    gone = weakref.ref(opened)
+    del clients, opened
+
+    assert await asyncio.to_thread(server.wait_for, server.is_left_alone)
+    await asyncio.sleep(0.05)
+    gc.collect()
+    assert gone() is None
+
+
+def test_loops_that_have_ended_are_not_held():
+    clients = Clients(3)
+
+    async def main():
+        await clients.here(dict)
+        return weakref.ref(asyncio.get_running_loop())
+
+    ended = asyncio.run(main())
+    gc.collect()
+    assert ended() is None
 
 
 def test_an_interpreter_that_ends_complains_of_nothing(server):
