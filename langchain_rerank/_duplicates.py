@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 
 _WORD = re.compile(r"\w+")
@@ -24,14 +25,19 @@ def first_of_each(texts: Sequence[str], similarity: float, *, most: int | None =
         An index for each text looked at. A text that stands for others stands for itself too.
     """
     firsts: list[int] = []
-    kept: dict[int, frozenset[str]] = {}
+    sizes: dict[int, int] = {}
+    holders: dict[str, list[int]] = {}
     for index, text in enumerate(texts):
         own = _shingles(text)
-        first = next((earlier for earlier, other in kept.items() if _jaccard(own, other) >= similarity), index)
+        shared = Counter(earlier for shingle in own for earlier in holders.get(shingle, ()))
+        close = (i for i, common in shared.items() if common / (len(own) + sizes[i] - common) >= similarity)
+        first = min(close, default=index)
         if first == index:
-            if len(kept) == most:
+            if len(sizes) == most:
                 break
-            kept[index] = own
+            sizes[index] = len(own)
+            for shingle in own:
+                holders.setdefault(shingle, []).append(index)
         firsts.append(first)
     return firsts
 
@@ -44,7 +50,3 @@ def _shingles(text: str) -> frozenset[str]:
     if len(words) <= _SHINGLE:
         return frozenset([" ".join(words)])
     return frozenset(" ".join(words[start : start + _SHINGLE]) for start in range(len(words) - _SHINGLE + 1))
-
-
-def _jaccard(one: frozenset[str], other: frozenset[str]) -> float:
-    return len(one & other) / len(one | other)

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from langchain_core.documents import Document
@@ -19,7 +20,15 @@ logger = logging.getLogger(__name__)
 
 _SCALARS = (str, int, float, bool, type(None))
 
-_PREVIOUS_PASS = ("truncated", "passage_span", "relevance_logit", "blended_score", "near_duplicates")
+_PREVIOUS_PASS = (
+    "blended_score",
+    "layer_scores",
+    "near_duplicates",
+    "passage_span",
+    "relevance_logit",
+    "relevant_spans",
+    "truncated",
+)
 """Metadata of ours that would lie about this pass if an earlier one left them."""
 
 _SMALLEST = 1e-12
@@ -72,13 +81,16 @@ class Ranking:
     """
 
     def __init__(self, settings: Settings, query: str, documents: Sequence[Document | str | None]) -> None:
-        if not isinstance(query, str) or isinstance(documents, str):
+        if not isinstance(query, str) or isinstance(documents, (str, Document)):
             raise TypeError(
                 "expected a query and a sequence of documents, as in rerank(query, documents) or "
                 f"compress_documents(documents, query); but query is {type(query).__name__} "
                 f"and documents is {type(documents).__name__}"
             )
         self.settings, self.query, self.documents = settings, query, list(documents)
+        for place, document in enumerate(self.documents):
+            if not isinstance(document, (Document, str, type(None))):
+                raise TypeError(f"documents[{place}] is {type(document).__name__}, neither a Document nor a text")
         self.results: list[RerankResult] = []
         self._started = time.perf_counter()
         self._places: dict[str, list[int]] = {}
@@ -117,12 +129,14 @@ class Ranking:
 
     def _heading(self, document: Document) -> str:
         values = (document.metadata.get(field) for field in self.settings.metadata_fields)
-        return "".join(f"{_shown(value)}\n" for value in values if value not in (None, "", []))
+        return "".join(f"{_shown(value)}\n" for value in values if value is not None and _shown(value))
 
     def _blended(self, scores: Mapping[int, float]) -> Mapping[int, float]:
         """The mix of model and first stage for each index; the scores themselves where no document has been scored."""
         retrieved = {index: _retrieval_score(self.documents[index]) for index in scores}
         known = {index: value for index, value in retrieved.items() if value is not None}
+        if not scores:
+            return scores
         if not known:
             logger.warning("retrieval_weight has no effect: no document has a retrieval_score in its metadata")
             return scores
@@ -146,7 +160,7 @@ class Ranking:
         if not isinstance(document, Document):
             return RerankResult(index, float(score), document or "")
         metadata = {key: _copied(value) for key, value in document.metadata.items()}
-        if "relevance_score" in metadata:
+        if _STAGES in document.__dict__ or "stage_scores" in metadata:
             metadata = {key: value for key, value in metadata.items() if key not in _PREVIOUS_PASS}
         metadata.setdefault("retrieval_rank", index + 1)
         metadata["relevance_score"] = float(score)
@@ -272,9 +286,11 @@ def _stages(document: Document) -> list[dict[str, Any]]:
     """What earlier passes scored, where one did; a score of unknown origin says so."""
     if "relevance_score" not in document.metadata:
         return []
-    unknown = {"backend": None, "model": None, "score": document.metadata["relevance_score"]}
-    stages = document.metadata.get("stage_scores") or document.__dict__.get(_STAGES) or [unknown]
-    return list(stages)
+    score = document.metadata["relevance_score"]
+    stages = document.metadata.get("stage_scores") or document.__dict__.get(_STAGES)
+    if stages and stages[-1]["score"] == score:
+        return list(stages)
+    return [{"backend": None, "model": None, "score": score}]
 
 
 def _shown(value: Any) -> str:
@@ -291,7 +307,9 @@ def _rank(document: Document | str | None, index: int) -> Any:
 
 def _retrieval_score(document: Document | str | None) -> float | None:
     value = document.metadata.get("retrieval_score") if isinstance(document, Document) else None
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def _copied(value: Any) -> Any:

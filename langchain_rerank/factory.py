@@ -84,9 +84,8 @@ def backend_class(name: str) -> type[Backend]:
     """
     installed = installed_backends()
     if name not in installed:
-        raise ConfigurationError(
-            f"Unknown backend {name!r}.{_nearest(name, installed)} Installed backends: {', '.join(installed)}."
-        )
+        hint = f" Write 'bge:{name}' or 'cross-encoder:{name}'." if "/" in name else _nearest(name.lower(), installed)
+        raise ConfigurationError(f"Unknown backend {name!r}.{hint} Installed backends: {', '.join(installed)}.")
     kind = installed[name].load()
     if not (isinstance(kind, type) and issubclass(kind, Backend)):
         raise ConfigurationError(
@@ -102,8 +101,15 @@ def _cascade(stages: Sequence[Any], options: Mapping[str, Any]) -> Reranker:
     *first, last = stages
     earlier: Reranker | None = None
     for stage in first:
-        earlier = init_reranker(stage, after=earlier)
-    return init_reranker(last, **{"after": earlier, **options})
+        earlier = _behind(init_reranker(stage), earlier)
+    return _behind(init_reranker(last, **options), earlier)
+
+
+def _behind(reranker: Reranker, earlier: Reranker | None) -> Reranker:
+    """The reranker after an earlier one; if it is a cascade itself, its first stage."""
+    if earlier is None:
+        return reranker
+    return reranker.model_copy(update={"after": _behind(reranker.after, earlier) if reranker.after else earlier})
 
 
 def read_yaml(path: Path) -> dict[str, Any] | list[Any]:
@@ -171,7 +177,7 @@ def _with_model(mapping: dict[str, Any]) -> dict[str, Any]:
 def _build(name: str, options: dict[str, Any]) -> Reranker:
     kind = backend_class(name)
     ours = {key: options.pop(key) for key in list(options) if key in _reranker_options()}
-    _refuse_unknown(f"backend {name!r}", options, {*kind.model_fields, *_reranker_options()})
+    _refuse_unknown(f"backend {name!r}", options, {*kind.model_fields, *_reranker_options(), "backend"})
     return _reranker(_validated(name, kind, options), ours)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from enum import Enum
@@ -108,6 +109,7 @@ class Reranker(BaseDocumentCompressor):
             BackendError: Scoring failed.
             ConfigurationError: `top_n` or `score_threshold` is out of range.
         """
+        _only_documents(documents)
         results = self.rerank(query, documents, top_n=top_n, score_threshold=score_threshold, callbacks=callbacks)
         return [result.document for result in results if isinstance(result.document, Document)]
 
@@ -121,6 +123,7 @@ class Reranker(BaseDocumentCompressor):
         score_threshold: float | Keep | None = KEEP,
     ) -> list[Document]:
         """As `compress_documents`, without blocking the event loop."""
+        _only_documents(documents)
         results = await self.arerank(
             query, documents, top_n=top_n, score_threshold=score_threshold, callbacks=callbacks
         )
@@ -257,8 +260,8 @@ class Reranker(BaseDocumentCompressor):
     def _settings(self, top_n: int | Keep | None, score_threshold: float | Keep | None) -> Settings:
         top_n = self.top_n if top_n is KEEP else top_n
         threshold = self.score_threshold if score_threshold is KEEP else score_threshold
-        if top_n is not None and top_n < 0:
-            raise ConfigurationError(f"top_n is {top_n}; it must be 0 or more, or None to keep all")
+        if top_n is not None and (not isinstance(top_n, int) or top_n < 0):
+            raise ConfigurationError(f"top_n is {top_n!r}; it must be a whole number, 0 or more, or None to keep all")
         if threshold is not None and not 0 <= threshold <= 1:
             raise ConfigurationError(f"score_threshold is {threshold}; scores lie in [0, 1]")
         return Settings(
@@ -297,7 +300,10 @@ class Reranker(BaseDocumentCompressor):
             fresh = dict(zip(texts, answer, strict=True))
             if cache:
                 await cache.aput(query, fresh)
-            ranking.rank({**scores, **fresh})
+            if self.duplicate_similarity is None:
+                ranking.rank({**scores, **fresh})
+            else:  # comparing texts takes its time
+                await asyncio.to_thread(ranking.rank, {**scores, **fresh})
 
     def _cache(self) -> ScoreCache | None:
         return None if self.cache is None else ScoreCache(self.cache, self.backend)
@@ -326,6 +332,14 @@ class Reranker(BaseDocumentCompressor):
                 await run.on_chain_error(error)
                 raise
         await run.on_chain_end(work.outputs(usage))
+
+
+def _only_documents(documents: Sequence[Any]) -> None:
+    if isinstance(documents, Sequence) and not isinstance(documents, str):
+        for place, document in enumerate(documents):
+            if not isinstance(document, Document):
+                kind = type(document).__name__
+                raise TypeError(f"documents[{place}] is {kind}, not a Document; for texts use rerank(query, texts)")
 
 
 class _Work(Protocol):

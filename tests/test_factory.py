@@ -100,6 +100,15 @@ def test_an_unknown_backend_names_the_nearest_and_what_is_installed():
     )
 
 
+def test_a_models_name_alone_and_another_case_get_a_hint():
+    with pytest.raises(ConfigurationError, match=r"Write 'bge:BAAI/bge-reranker-v2-m3' or 'cross-encoder:BAAI"):
+        init_reranker("BAAI/bge-reranker-v2-m3")
+    with pytest.raises(ConfigurationError, match="Did you mean 'bge'"):
+        init_reranker({"backend": "BGE"})
+    with pytest.raises(ConfigurationError, match=r"Unknown option 'backnd' for .* Did you mean 'backend'"):
+        init_reranker({"backnd": "embedded"})
+
+
 def test_an_unknown_option_names_the_nearest():
     with pytest.raises(
         ConfigurationError, match=r"Unknown option 'devise' for backend 'cross-encoder'. Did you mean 'device'"

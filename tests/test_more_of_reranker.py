@@ -263,6 +263,18 @@ class TestCache:
         assert len(EmbeddedBackend().fingerprint()["files"]) == 64
         assert EmbeddedBackend(threads=1).fingerprint() == EmbeddedBackend().fingerprint()
 
+    def test_patience_and_limits_of_a_service_share_entries(self):
+        from langchain_core.rate_limiters import InMemoryRateLimiter
+
+        from langchain_rerank.backends.remote import RemoteBackend
+
+        plain = RemoteBackend(url="http://localhost/v1/rerank")
+        patient = RemoteBackend(
+            url="http://localhost/v1/rerank", timeout=99, max_concurrency=2, rate_limiter=InMemoryRateLimiter()
+        )
+
+        assert patient.fingerprint() == plain.fingerprint()
+
     def test_no_secret_is_in_a_fingerprint(self):
         from pydantic import SecretStr
 
@@ -310,6 +322,15 @@ class TestCascade:
 
         assert (rerank.backend.name, rerank.top_n) == ("bge", 5)
         assert (rerank.after.backend.name, rerank.after.top_n) == ("embedded", 20)
+
+    def test_a_cascade_within_a_cascade_keeps_every_stage(self):
+        one, two, three = (LengthBackend(model=name) for name in "abc")
+        for nested in (init_reranker([[one, two], three]), init_reranker([one, init_reranker([two, three])])):
+            assert [nested.after.after.backend.model, nested.after.backend.model, nested.backend.model] == [
+                "a",
+                "b",
+                "c",
+            ]
 
     def test_an_empty_list_is_refused(self):
         with pytest.raises(ConfigurationError, match="the list is empty"):
@@ -363,6 +384,15 @@ class TestDuplicates:
     def test_short_and_chinese_texts_too(self):
         assert first_of_each(["Yes.", "yes", "no"], 1.0) == [0, 0, 2]
         assert first_of_each(["火星是红色的行星。", "火星是红色的行星", "木星是最大的行星"], 0.9) == [0, 0, 2]
+
+    def test_thousands_are_compared_in_reasonable_time(self):
+        import time
+
+        texts = [" ".join(f"w{(7 * i + j) % 9973}" for j in range(60)) for i in range(3000)]
+        start = time.perf_counter()
+        first_of_each(texts, 0.9)
+
+        assert time.perf_counter() - start < 10  # pair by pair it took 20 s for texts like these
 
     def test_it_stops_when_the_places_are_taken(self):
         assert first_of_each(["a", "b", "c", "a"], 1.0, most=2) == [0, 1]

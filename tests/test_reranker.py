@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 from fakes import BrokenBackend, LengthBackend, ScriptedBackend, SlowBackend, TalkativeBackend
 from hypothesis import given
@@ -133,7 +134,9 @@ def test_a_threshold_per_call_of_zero_or_none_keeps_all():
     assert len(rerank.compress_documents(documents("a", "b"), "q", score_threshold=0.95)) == 0
 
 
-@pytest.mark.parametrize("wrong", [{"top_n": -1}, {"score_threshold": 1.5}, {"score_threshold": math.nan}])
+@pytest.mark.parametrize(
+    "wrong", [{"top_n": -1}, {"top_n": 2.5}, {"top_n": "3"}, {"score_threshold": 1.5}, {"score_threshold": math.nan}]
+)
 def test_a_wrong_override_is_refused(wrong):
     with pytest.raises(ConfigurationError, match=next(iter(wrong))):
         reranker().compress_documents(documents("a"), "q", **wrong)
@@ -144,6 +147,42 @@ def test_swapped_arguments_are_noticed():
         reranker().rerank(["a"], "q")
     with pytest.raises(TypeError, match="query is list and documents is str"):
         reranker().compress_documents("q", documents("a"))
+
+
+def test_what_is_no_document_is_refused_not_dropped():
+    with pytest.raises(TypeError, match=r"documents\[1\] is str, not a Document; for texts use rerank"):
+        reranker().compress_documents([Document("a"), "b"], "q")
+    with pytest.raises(TypeError, match=r"documents\[0\] is dict, neither a Document nor a text"):
+        reranker().rerank("q", [{"text": "a"}])
+    with pytest.raises(TypeError, match="documents is Document"):
+        reranker().rerank("q", Document("a"))
+
+
+async def test_what_is_no_document_is_refused_when_awaited():
+    with pytest.raises(TypeError, match="not a Document"):
+        await reranker().acompress_documents(["a"], "q")
+
+
+def test_a_numpy_retrieval_score_counts():
+    given_documents = [Document("a", metadata={"retrieval_score": np.float32(3)}), Document("b")]
+    ranked = reranker(retrieval_weight=1.0).compress_documents(given_documents, "q")
+
+    assert all("blended_score" in document.metadata for document in ranked)
+
+
+def test_somebody_elses_metadata_of_the_same_name_stays():
+    document = Document("b", metadata={"relevance_score": 0.9, "truncated": "by hand"})
+    [ranked] = reranker().compress_documents([document], "q")
+
+    assert ranked.metadata["truncated"] == "by hand"
+
+
+def test_a_stage_whose_score_was_changed_since_is_of_unknown_origin():
+    [first] = reranker().compress_documents([Document("b")], "q")
+    first.metadata["relevance_score"] = 0.1
+    [second] = reranker().compress_documents([first], "q")
+
+    assert second.metadata["stage_scores"][0] == {"backend": None, "model": None, "score": 0.1}
 
 
 def test_warmup_reaches_every_stage():

@@ -83,7 +83,9 @@ class Connection:
             yield
         except _FAILURES as error:
             kind, message = _explanation(error)
-            raise kind(f"Qdrant at {self.place} {self._without_secret(message)}") from error
+            # A cause that shows the key, as a server may echo it, is left out of the traceback.
+            cause = None if self._secret and self._secret in f"{error} {error!r}" else error
+            raise kind(f"Qdrant at {self.place} {self._without_secret(message)}") from cause
 
     def _without_secret(self, message: str) -> str:
         return message.replace(self._secret, "***") if self._secret else message
@@ -183,12 +185,17 @@ def _on_server(url: str, key: str | None, *, prefer_grpc: bool, timeout: float) 
 def _secret(key: SecretStr | str | None) -> str | None:
     if key is None:
         key = os.environ.get("QDRANT_API_KEY", "")
-    return (key if isinstance(key, str) else key.get_secret_value()).strip() or None
+    value = (key if isinstance(key, str) else key.get_secret_value()).strip()
+    if not value.isascii() or not value.isprintable():
+        raise ConfigurationError("api_key holds a line break or another character that no HTTP header can carry")
+    return value or None
 
 
 def _public(url: str) -> str:
     """The URL without user, password and query."""
     parts = urlsplit(url)
+    if not parts.netloc:  # without a scheme it cannot be told apart, but what stands before an @ may be a password
+        return url.rpartition("@")[2].partition("?")[0]
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 

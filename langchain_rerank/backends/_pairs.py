@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from langchain_rerank.backends.local import Encoding
@@ -33,13 +34,58 @@ def encode_pairs(
     Returns:
         n encodings.
     """
-    asked = tokenizer.encode(query, add_special_tokens=False)
-    asked.truncate(len(cut_query(asked.ids)))
-    room = limit - len(asked.ids) - tokenizer.num_special_tokens_to_add(is_pair=True)
-    encodings = []
-    for passage in tokenizer.encode_batch(list(texts), add_special_tokens=False):
-        length = len(passage.ids)
-        passage.truncate(room)
-        pair = tokenizer.post_process(asked, passage, add_special_tokens=True)
-        encodings.append(Encoding(pair.ids, pair.type_ids, truncated=length > room, room=room))
-    return encodings
+    frame = _Frame.of(tokenizer)
+    asked = cut_query(tokenizer.encode(query, add_special_tokens=False).ids)
+    room = max(0, limit - len(asked) - frame.size)
+    # Plain lists are cut, not Encodings: these keep what is cut off, and combine all of it when they are joined.
+    passages = [passage.ids for passage in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    return [frame.encoding(asked, ids[:room], truncated=len(ids) > room, room=room) for ids in passages]
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The specials around a pair, and every token's type, as a tokenizer sets them."""
+
+    ids: tuple[tuple[int, ...], ...]
+    """Before the query, between the two, after the passage."""
+
+    type_ids: tuple[tuple[int, ...], ...]
+
+    pair_types: tuple[int, int]
+    """The type of the query's tokens, and of the passage's."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> _Frame:
+        """Read from a pair of two short texts."""
+        one, other = (tokenizer.encode(text, add_special_tokens=False) for text in ("1", "2"))
+        pair = tokenizer.post_process(one, other, add_special_tokens=True)
+        texts = [place for place, special in enumerate(pair.special_tokens_mask) if not special]
+        first, second = texts[: len(one.ids)], texts[len(one.ids) :]
+        cuts = (slice(None, first[0]), slice(first[-1] + 1, second[0]), slice(second[-1] + 1, None))
+        return cls(
+            tuple(tuple(pair.ids[cut]) for cut in cuts),
+            tuple(tuple(pair.type_ids[cut]) for cut in cuts),
+            (pair.type_ids[first[0]], pair.type_ids[second[0]]),
+        )
+
+    @property
+    def size(self) -> int:
+        """How many specials there are."""
+        return sum(map(len, self.ids))
+
+    def encoding(self, query: Sequence[int], passage: Sequence[int], *, truncated: bool, room: int) -> Encoding:
+        """The pair of two lists of ids."""
+        before, between, after = self.ids
+        types = self.type_ids
+        return Encoding(
+            [*before, *query, *between, *passage, *after],
+            [
+                *types[0],
+                *(self.pair_types[0] for _ in query),
+                *types[1],
+                *(self.pair_types[1] for _ in passage),
+                *types[2],
+            ],
+            truncated=truncated,
+            room=room,
+        )

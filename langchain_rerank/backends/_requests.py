@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import timezone
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Annotated, Any, SupportsFloat, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, SupportsFloat, TypeVar
 from urllib.parse import urlsplit
 
 from langchain_core.rate_limiters import BaseRateLimiter, InMemoryRateLimiter
@@ -38,6 +38,10 @@ T = TypeVar("T")
 
 _SHOWN = 300
 """Most characters of a server's own words in a message: some send a whole page."""
+
+_LINGER = 0.1
+"""Seconds until dropped connections are closed. Often a drop is the last thing before the event loop ends: that closes
+them as well, but first it cancels all tasks, and must not interrupt one that is closing."""
 
 _TRANSIENT = (408, 425, 429, 499)
 
@@ -62,6 +66,13 @@ class ServiceBackend(Backend):
     Write `_request` and `_arequest`, for as many texts as one request may have. Each request is tried again by
     itself when it fails with a `TransientError`.
     """
+
+    without_effect: ClassVar[frozenset[str]] = Backend.without_effect | {
+        "batch_size",
+        "max_concurrency",
+        "rate_limiter",
+        "timeout",
+    }
 
     batch_size: int | None = Field(default=None, ge=1)
     """Most texts in one request; more are split. `None` is as many as the service takes."""
@@ -196,49 +207,22 @@ class ServiceBackend(Backend):
         return text
 
 
+@dataclass(frozen=True)
 class LoopClient:
-    """What belongs to one event loop.
+    """What belongs to one event loop."""
 
-    A pooled connection belongs to the loop that opened it and is closed only there. The one thing that every loop
-    closes before it ends is its async generators (`loop.shutdown_asyncgens()`, which `asyncio.run` calls), so each
-    client has one.
-
-    Args:
-        client: The client.
-        max_concurrency: Most requests at a time.
-    """
-
-    def __init__(self, client: httpx.AsyncClient, max_concurrency: int) -> None:
-        self.client = client
-        self.slots = asyncio.Semaphore(max_concurrency)
-        self.unneeded: weakref.finalize[..., Clients] | None = None
-        self._closing: asyncio.Task[None] | None = None
-
-    async def closer(self, owner: weakref.ref[Clients]) -> AsyncGenerator[None, None]:
-        """Once started, it closes the client when the loop ends."""
-        try:
-            yield
-        finally:
-            clients = owner()
-            if clients is not None:
-                clients.forget(asyncio.get_running_loop())
-            await self._close()
-
-    async def let_go(self, closer: AsyncGenerator[None, None], kept: weakref.finalize[..., Any]) -> None:
-        """Close the client, and then what would have closed it."""
-        await self._close()
-        kept.detach()
-        with contextlib.suppress(RuntimeError):  # the loop's end was faster: it is closing the closer already
-            await closer.aclose()
-
-    async def _close(self) -> None:
-        self._closing = self._closing or asyncio.ensure_future(self.client.aclose())
-        await asyncio.wait([self._closing])
-        await self.client.aclose()  # does nothing, unless the loop's end cancelled the task before it began
+    client: httpx.AsyncClient
+    slots: asyncio.Semaphore
+    unneeded: weakref.finalize[..., Clients]
+    """Closes the client when nobody holds the `Clients` any more."""
 
 
 class Clients:
     """The `httpx` clients of one backend: one for all threads, one for each event loop, opened at first use.
+
+    A pooled connection belongs to the loop that opened it and is closed only there. The one thing that every loop
+    closes before it ends is its async generators (`loop.shutdown_asyncgens()`, which `asyncio.run` calls), so each
+    async client lives in one.
 
     Args:
         max_concurrency: Most requests at a time in one event loop.
@@ -270,21 +254,19 @@ class Clients:
 
     async def _open(self, loop: asyncio.AbstractEventLoop, options: Callable[[], Mapping[str, Any]]) -> LoopClient:
         try:
-            opened = LoopClient(await asyncio.to_thread(_async_client, options), self._max_concurrency)
+            client = await asyncio.to_thread(_async_client, options)
         except BaseException:
             self._by_loop.pop(loop, None)
             raise
-        closer = opened.closer(weakref.ref(self))
+        closer = _closer(client, weakref.ref(self))
         await anext(closer)
-        opened.unneeded = weakref.finalize(self, _let_go, loop, opened, closer)
-        opened.unneeded.atexit = False
-        return opened
+        unneeded = weakref.finalize(self, _let_go, loop, closer)
+        unneeded.atexit = False
+        return LoopClient(client, asyncio.Semaphore(self._max_concurrency), unneeded)
 
     def forget(self, loop: asyncio.AbstractEventLoop) -> None:
         """Hold nothing more of a loop that ends."""
-        opened = self._by_loop.pop(loop).result()
-        if opened.unneeded:
-            opened.unneeded.detach()
+        self._by_loop.pop(loop).result().unneeded.detach()
 
 
 def _async_client(options: Callable[[], Mapping[str, Any]]) -> httpx.AsyncClient:
@@ -295,12 +277,28 @@ def _async_client(options: Callable[[], Mapping[str, Any]]) -> httpx.AsyncClient
     return httpx.AsyncClient(**options())
 
 
-def _let_go(loop: asyncio.AbstractEventLoop, opened: LoopClient, closer: AsyncGenerator[None, None]) -> None:
-    """Nobody holds the `Clients` any more: close the loop's client, which only the loop can."""
-    kept = weakref.finalize(loop, lambda _: None, closer)  # held until then: the loop's end may cancel the task below
-    kept.atexit = False
+async def _closer(client: httpx.AsyncClient, owner: weakref.ref[Clients]) -> AsyncGenerator[None, None]:
+    """Once started, it closes the client when it is closed itself, at the latest as the loop ends."""
+    try:
+        yield
+    finally:
+        clients = owner()
+        if clients is not None:
+            clients.forget(asyncio.get_running_loop())
+        await client.aclose()
+
+
+def _let_go(loop: asyncio.AbstractEventLoop, closer: AsyncGenerator[None, None]) -> None:
+    """Nobody holds the `Clients` any more: have the loop close its client, if it goes on."""
     with contextlib.suppress(RuntimeError):  # the loop is closed
-        loop.call_soon_threadsafe(lambda: loop.create_task(opened.let_go(closer, kept)))
+        loop.call_soon_threadsafe(loop.call_later, _LINGER, _close_in_task, loop, closer)
+
+
+def _close_in_task(loop: asyncio.AbstractEventLoop, closer: AsyncGenerator[None, None]) -> None:
+    async def close() -> None:
+        await closer.aclose()
+
+    loop.create_task(close())
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -40,7 +40,7 @@ class TorchBackend(LocalBackend):
     trust_remote_code: bool = False
     """Run code that comes with the model. Asks for a `revision`, so that it stays the code that you read."""
 
-    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, repr=False)
     """Further arguments of the model's `from_pretrained`."""
 
     without_effect: ClassVar[frozenset[str]] = LocalBackend.without_effect | {"local_files_only", "revision"}

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat, cast
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from typing_extensions import Self
 
 from langchain_rerank._optional import require
@@ -111,11 +111,13 @@ class Backend(BaseModel, ABC):
     retry_wait: float = Field(default=0.5, ge=0)
     """Seconds before the second attempt; doubles with each further one. What a service asks for comes first."""
 
-    def model_post_init(self, context: Any, /) -> None:
-        """Refuse to exist without the libraries that scoring will need."""
-        super().model_post_init(context)
-        if self.requires:
-            require(*self.requires, extra=self.extra)
+    @model_validator(mode="before")
+    @classmethod
+    def _has_libraries(cls, options: Any) -> Any:
+        """Refuse to exist without the libraries that scoring will need, before anything else is looked at."""
+        if cls.requires:
+            require(*cls.requires, extra=cls.extra)
+        return options
 
     @property
     def name(self) -> str:
@@ -138,7 +140,7 @@ class Backend(BaseModel, ABC):
             BackendError: The model returned a wrong number of scores, or one that is no number in [0, 1].
             TransientError: The service stayed unavailable for `max_attempts` calls.
         """
-        query, known = _clean(query), _scorable(texts)
+        query, known = clean(query), _scorable(texts)
         if not known:
             return [0.0] * len(texts)
         scores = self._retry(_tenacity().Retrying)(self._score, query, list(known.values()))
@@ -146,7 +148,7 @@ class Backend(BaseModel, ABC):
 
     async def ascore(self, query: str, texts: Sequence[str]) -> list[float]:
         """As `score`, without blocking the event loop."""
-        query, known = _clean(query), _scorable(texts)
+        query, known = clean(query), _scorable(texts)
         if not known:
             return [0.0] * len(texts)
         scores = await self._retry(_tenacity().AsyncRetrying)(self._ascore, query, list(known.values()))
@@ -165,14 +167,14 @@ class Backend(BaseModel, ABC):
             BackendError: As `score` raises it; no query's scores are returned then.
         """
         known = [_scorable(texts) for _, texts in requests]
-        asked = [(_clean(query), list(k.values())) for (query, _), k in zip(requests, known, strict=True) if k]
+        asked = [(clean(query), list(k.values())) for (query, _), k in zip(requests, known, strict=True) if k]
         answers = iter(self._retry(_tenacity().Retrying)(self._score_many, asked) if asked else [])
         return self._spread_many(answers, known, requests)
 
     async def ascore_many(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
         """As `score_many`, without blocking the event loop."""
         known = [_scorable(texts) for _, texts in requests]
-        asked = [(_clean(query), list(k.values())) for (query, _), k in zip(requests, known, strict=True) if k]
+        asked = [(clean(query), list(k.values())) for (query, _), k in zip(requests, known, strict=True) if k]
         answers = iter(await self._retry(_tenacity().AsyncRetrying)(self._ascore_many, asked) if asked else [])
         return self._spread_many(answers, known, requests)
 
@@ -300,7 +302,7 @@ def _failure(state: tenacity.RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome else None
 
 
-def _clean(text: str | None) -> str:
+def clean(text: str | None) -> str:
     """The text with each lone surrogate as U+FFFD: no tokenizer and no wire takes one."""
     text = text or ""
     try:
@@ -312,4 +314,4 @@ def _clean(text: str | None) -> str:
 
 def _scorable(texts: Sequence[str]) -> dict[int, str]:
     """The texts that can be scored, by their index."""
-    return {index: _clean(text) for index, text in enumerate(texts) if text and not text.isspace()}
+    return {index: clean(text) for index, text in enumerate(texts) if text and not text.isspace()}

@@ -73,6 +73,8 @@ class CohereBackend(ServiceBackend):
     requires: ClassVar[tuple[str, ...]] = ("cohere",)
     extra: ClassVar[str] = "cohere"
 
+    without_effect: ClassVar[frozenset[str]] = ServiceBackend.without_effect | {"max_retries", "priority"}
+
     model: str = Field(min_length=1)
     """Such as `"rerank-v4.0-fast"`. No default: models retire."""
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PrivateAttr
 
 from langchain_rerank.backends._passages import split_passages
-from langchain_rerank.backends.base import Backend, Score, report_usage
+from langchain_rerank.backends.base import Backend, Score, clean, report_usage
 from langchain_rerank.errors import BackendError, ModelLoadError
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,9 @@ class LocalBackend(Backend):
     def _to_score(self, logits: NDArray[np.float64]) -> tuple[float, dict[str, Any]]:
         """One pair's logits, shape () or (k,), to its score and what there is to say about it."""
         logit = float(logits)
-        return sigmoid(logit), {"relevance_logit": logit} if self.return_logits else {}
+        # An infinite logit is an overflow, not a perfect score: as NaN it is refused, with a remedy.
+        score = sigmoid(logit) if math.isfinite(logit) else math.nan
+        return score, {"relevance_logit": logit} if self.return_logits else {}
 
     def _out_of_memory(self, error: BaseException) -> bool:
         """Whether the forward pass failed for want of memory, so that half the batch may pass."""
@@ -168,7 +170,7 @@ class LocalBackend(Backend):
         """The raw logits that scores are the sigmoid of, n floats of any size; long texts are cut."""
         with self._lock:
             self._ensure_loaded()
-            encodings = self._encode(query, texts)
+            encodings = self._encode(clean(query), [clean(text) for text in texts])
             return [float(np.ravel(row)[-1]) for row in self._run(encodings)]
 
     def _score(self, query: str, texts: Sequence[str]) -> list[Score]:
@@ -202,7 +204,9 @@ class LocalBackend(Backend):
     def _set_longest(self, longest: int | None) -> None:
         """Take note of how many tokens the loaded model can read; refuse a `max_length` above that."""
         if longest is not None and "max_length" in self.model_fields_set and self.max_length > longest:
-            raise ModelLoadError(f"max_length={self.max_length}, but {self.model!r} reads at most {longest} tokens")
+            raise ModelLoadError(
+                f"max_length={self.max_length}, but {self.model or self.name!r} reads at most {longest} tokens"
+            )
         self._longest = longest
 
     def _pieces(self, query: str, texts: Sequence[str]) -> list[_Piece]:
@@ -215,10 +219,18 @@ class LocalBackend(Backend):
                 pieces.append(_Piece(index, encoding))
         return pieces
 
-    def _passages(self, query: str, text: str, index: int, room: int) -> list[_Piece]:
-        spans = split_passages(text, self._offsets(text), size=room, overlap=self.passage_overlap)
-        encodings = self._encode(query, [text[start:end] for start, end in spans])
-        return [_Piece(index, encoding, span) for encoding, span in zip(encodings, spans, strict=True)]
+    def _passages(self, query: str, text: str, index: int, room: int, start: int = 0) -> list[_Piece]:
+        """The passages of a text that stands at `start` in the document, each short enough to be read whole."""
+        spans = split_passages(text, self._offsets(text), size=max(1, room), overlap=self.passage_overlap)
+        encodings = self._encode(query, [text[first:last] for first, last in spans])
+        pieces: list[_Piece] = []
+        for (first, last), encoding in zip(spans, encodings, strict=True):
+            # A passage that was cut out of a word may have more tokens by itself than it had within the text.
+            if encoding.truncated and room > 1:
+                pieces += self._passages(query, text[first:last], index, room // 2, start + first)
+            else:
+                pieces.append(_Piece(index, encoding, (start + first, start + last)))
+        return pieces
 
     def _run(self, encodings: Sequence[Encoding]) -> list[NDArray[np.float64]]:
         """Every pair's logits, in order: longest first, in batches of a bounded number of tokens."""
@@ -292,7 +304,7 @@ class LocalBackend(Backend):
         return list(ids[:most])
 
     def _report_truncated(self, pieces: Sequence[_Piece]) -> None:
-        cut = sum(piece.encoding.truncated and piece.span is None for piece in pieces)
+        cut = len({piece.text for piece in pieces if piece.encoding.truncated})
         if cut:
             report_usage(truncated=cut)
             self._warn_once(
@@ -309,9 +321,8 @@ class LocalBackend(Backend):
 
 
 def _about(piece: _Piece) -> dict[str, Any]:
-    if piece.span is not None:
-        return {"passage_span": list(piece.span)}
-    return {"truncated": True} if piece.encoding.truncated else {}
+    span = {} if piece.span is None else {"passage_span": list(piece.span)}
+    return {**span, "truncated": True} if piece.encoding.truncated else span
 
 
 def sigmoid(logit: float) -> float:

@@ -117,6 +117,20 @@ def test_logits_do_not_depend_on_threads(tiny_xlmr):
             assert found == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_long_query_and_a_long_text_are_tokenised_without_their_product(tiny_bert):
+    import tracemalloc
+
+    backend = cross_encoder(tiny_bert)
+    backend.warmup()
+    tracemalloc.start()
+    [encoding] = backend._encode("planet " * 5_000, ["red " * 50_000])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert len(encoding.ids) == backend._limit
+    assert peak < 100_000_000
+
+
 def test_a_lowered_default_length_fits_the_models_positions(tiny_xlmr, tmp_path):
     folder = shutil.copytree(tiny_xlmr, tmp_path / "model")
     positions = json.loads((folder / "config.json").read_text())["max_position_embeddings"]

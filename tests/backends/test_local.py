@@ -197,7 +197,7 @@ def test_passages_are_scored_in_the_same_batches():
 
 def test_a_max_length_above_what_the_model_reads_is_refused():
     backend = Words(max_length=40)
-    with pytest.raises(ModelLoadError, match="max_length=40, but '' reads at most 32 tokens"):
+    with pytest.raises(ModelLoadError, match="max_length=40, but 'words' reads at most 32 tokens"):
         backend._set_longest(32)
 
 
@@ -290,6 +290,42 @@ def test_tokens_are_counted_in_the_usage():
         Words().score("q", ["gold gold", "lead " * 99])
 
     assert usage == {"tokens": 3 + 40, "truncated": 1}
+
+
+def test_a_passage_that_has_more_tokens_by_itself_is_split_again():
+    class Bare(Words):
+        """A word is one token within a text, and three at a passage's start."""
+
+        def _encode(self, query, texts):
+            grown = [f"{text.split()[0]} {text.split()[0]} {text}" for text in texts]
+            return super()._encode(query, grown)
+
+    scores = Bare(long_documents="max_passage", passage_overlap=0).score("q", ["lead " * 38 + "gold " + "lead " * 60])
+
+    assert scores[0] > 0.5
+    assert "truncated" not in scores[0].details
+
+
+def test_a_passage_that_cannot_be_read_whole_says_so():
+    class Growing(Words):
+        """Every passage has more tokens than fit."""
+
+        def _encode(self, query, texts):
+            return [Encoding([9, 1], truncated=True, room=1) for _ in texts]
+
+    [score] = Growing(long_documents="max_passage").score("q", ["one two"])
+
+    assert score.details["truncated"] is True
+
+
+@pytest.mark.parametrize("logit", [math.inf, -math.inf, math.nan])
+def test_an_overflow_is_no_perfect_score(logit):
+    class Overflowing(Words):
+        def _forward(self, batch):
+            return np.full(len(batch), logit)
+
+    with pytest.raises(BackendError, match="returned nan for text 0"):
+        Overflowing().score("q", ["gold"])
 
 
 class TestPassages:

@@ -713,12 +713,24 @@ async def test_a_backend_that_is_dropped_closes_its_connections_while_the_loop_g
 
     del backend
     gc.collect()
-    await asyncio.sleep(0.05)
     assert await asyncio.to_thread(server.wait_for, server.is_left_alone)
 
 
-@pytest.mark.parametrize("steps", [0, 30])
-def test_clients_that_are_dropped_as_the_loop_ends_are_closed_too(server, steps):
+def run_and_cancel(main):
+    """As `asyncio.run`, but with nothing to wait for at the end."""
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(main)
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+@pytest.mark.parametrize("run", [asyncio.run, run_and_cancel])
+@pytest.mark.parametrize("steps", range(6))
+def test_clients_that_are_dropped_as_the_loop_ends_are_closed_too(server, run, steps):
     """At the very end the loop cancels every task, also one that is about to close the client."""
     server.always = Reply(seconds=0.05)
 
@@ -731,9 +743,31 @@ def test_clients_that_are_dropped_as_the_loop_ends_are_closed_too(server, steps)
         for _ in range(steps):
             await asyncio.sleep(0)
 
-    asyncio.run(main())
+    run(main())
     gc.collect()
     assert server.wait_for(server.is_left_alone)
+
+
+async def test_who_stops_waiting_for_a_client_does_not_stop_the_others(server):
+    clients = Clients(3)
+
+    def slow():
+        time.sleep(0.1)
+        return {}
+
+    first, second = (asyncio.ensure_future(clients.here(slow)) for _ in range(2))
+    await asyncio.sleep(0.02)
+    first.cancel()
+
+    assert (await (await second).client.get(f"{server.url}/info")).status_code == 200
+
+
+async def test_a_client_that_could_not_be_opened_is_opened_the_next_time(server):
+    clients = Clients(3)
+    with pytest.raises(TypeError, match="no_such_option"):
+        await clients.here(lambda: {"no_such_option": 1})
+
+    assert (await (await clients.here(dict)).client.get(f"{server.url}/info")).status_code == 200
 
 
 async def test_dropped_clients_leave_nothing_behind_in_a_loop_that_goes_on(server):
@@ -747,6 +781,7 @@ async def test_dropped_clients_leave_nothing_behind_in_a_loop_that_goes_on(serve
     await asyncio.sleep(0.05)
     gc.collect()
     assert gone() is None
+    assert len(asyncio.all_tasks()) == 1
 
 
 def test_loops_that_have_ended_are_not_held():
@@ -759,6 +794,14 @@ def test_loops_that_have_ended_are_not_held():
     ended = asyncio.run(main())
     gc.collect()
     assert ended() is None
+
+
+def test_a_loop_that_was_closed_without_a_word_is_no_hindrance():
+    clients, loop = Clients(3), asyncio.new_event_loop()
+    loop.run_until_complete(clients.here(dict))
+    loop.close()
+    del clients
+    gc.collect()  # an error in a finalizer would fail this test
 
 
 def test_an_interpreter_that_ends_complains_of_nothing(server):
