@@ -8,6 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: n
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("LANGCHAIN_RERANK", None)
 os.environ.pop("COHERE_API_KEY", None)
+os.environ.pop("CO_API_KEY", None)
+os.environ.pop("CO_API_URL", None)
 os.environ.pop("QDRANT_API_KEY", None)
 os.environ.pop("LANGSMITH_TRACING", None)
 

@@ -241,9 +241,10 @@ class Backend(BaseModel, ABC):
             reraise=True,
         )
 
-    def _wait(self, state: tenacity.RetryCallState) -> float:
-        asked = getattr(_failure(state), "retry_after", None)
-        return float(min(MAX_WAIT, asked if asked is not None else self.retry_wait * 2 ** (state.attempt_number - 1)))
+    def _wait(self, retry_state: tenacity.RetryCallState) -> float:
+        asked = getattr(_failure(retry_state), "retry_after", None)
+        doubled = self.retry_wait * 2 ** (retry_state.attempt_number - 1)
+        return float(min(MAX_WAIT, doubled if asked is None else asked))
 
     def _spread(self, scores: Sequence[SupportsFloat], known: Mapping[int, str], count: int) -> list[float]:
         """Check an answer, and set it among the texts that were not asked about."""

@@ -82,7 +82,8 @@ class CohereBackend(ServiceBackend):
     """Read from the variable COHERE_API_KEY where it is not given."""
 
     base_url: str | None = Field(default_factory=lambda: _variable("CO_API_URL") or None, validate_default=True)
-    """Another place that speaks Cohere's API. `None` is Cohere itself, or the variable CO_API_URL."""
+    """Another place that speaks Cohere's API, read from the variable CO_API_URL where it is not given. `None` is
+    Cohere itself."""
 
     batch_size: int | None = Field(default=1000, ge=1, le=10_000)
     """Most texts in one request; more are split. Cohere advises at most 1,000 and takes at most 10,000; it bills by
@@ -122,7 +123,8 @@ class CohereBackend(ServiceBackend):
             raise ValueError(f"Cohere has no {self.model!r} any more. Present models: {_MODELS}; see {_LIST}")
         installed = Version(version("cohere"))
         for option, since in _SINCE.items():
-            if getattr(self, option) not in (None, False) and installed < since:
+            asked = getattr(self, option)
+            if asked is not None and asked is not False and installed < since:  # a priority of 0 is asked for
                 raise ValueError(f"{option} needs cohere {since}, but {installed} is installed: pip install -U cohere")
         if self.base_url:
             warn_of_plain_http(self.base_url)
@@ -221,7 +223,7 @@ class CohereBackend(ServiceBackend):
         if not self.relevant_spans:
             return score
         spans = getattr(item, "relevant_spans", None) or []
-        return Score(score, {"relevant_spans": [{name: getattr(span, name) for name in _SPAN} for span in spans]})
+        return Score(score, {"relevant_spans": [{name: getattr(span, name, None) for name in _SPAN} for span in spans]})
 
 
 def _variable(*names: str) -> str:
@@ -231,7 +233,7 @@ def _variable(*names: str) -> str:
 
 def _usage(meta: Any) -> dict[str, Any]:
     """Billed units and warnings, as the trace takes them."""
-    billed = getattr(meta, "billed_units", None) or {}
-    units = {name: value for name, value in dict(billed).items() if isinstance(value, (int, float))}
-    warnings = getattr(meta, "warnings", None)
-    return {**units, **({"warnings": list(warnings)} if warnings else {})}
+    billed, warnings = (getattr(meta, name, None) for name in ("billed_units", "warnings"))
+    units = dict(billed) if isinstance(billed, BaseModel) else {}
+    usage = {name: value for name, value in units.items() if isinstance(value, (int, float))}
+    return {**usage, **({"warnings": warnings} if warnings and isinstance(warnings, list) else {})}

@@ -102,7 +102,7 @@ def test_max_tokens_per_doc_is_reached_through_the_reranker(server):
 def test_priority_is_sent_or_refused_by_what_the_sdk_has(server):
     if Version("5.20") > SDK:
         with pytest.raises(ValueError, match=f"priority needs cohere 5.20, but {SDK} is installed"):
-            cohere(server, priority=1)
+            cohere(server, priority=0)
     else:
         cohere(server, priority=0).score(QUERY, TEXTS)
         assert server.posted[0].body["priority"] == 0
@@ -319,6 +319,13 @@ async def test_billed_units_and_warnings_reach_the_trace(server):
 
     assert trace.outputs[0]["usage"] == {"search_units": 3, "warnings": ["old model"] * 3}
     assert trace.outputs[1]["usage"] == {"search_units": 3}
+
+
+@pytest.mark.parametrize("meta", ["free", {"billed_units": "none", "warnings": "old"}, {"billed_units": {"x": None}}])
+def test_a_meta_in_no_known_shape_is_left_out(server, ask, meta):
+    server.always = Reply(spoil=lambda answer: {**answer, "meta": meta})
+
+    assert ask(cohere(server), QUERY, TEXTS) == expected(TEXTS)
 
 
 def _with_warning(answer):

@@ -544,7 +544,7 @@ def test_a_tokenizer_that_adds_no_end_is_refused(tiny_t5, tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(ModelLoadError, match="nowhere' cannot be loaded"):
+    with pytest.raises(ModelLoadError, match="nowhere' is no folder here"):
         monot5(str(tmp_path / "nowhere")).warmup()
 
 
