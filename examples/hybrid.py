@@ -1,6 +1,7 @@
-"""Hybrid recall in Qdrant: what an embedding finds, what BM25 finds, both fused, and the fused list reranked."""
+"""Hybrid recall in Qdrant: what an embedding finds, what BM25 finds, both fused in two ways, and reranked."""
 
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 from langchain_core.embeddings import Embeddings
@@ -28,8 +29,13 @@ class LetterEmbeddings(Embeddings):
         return [self.embed_query(text) for text in texts]
 
 
+def said_by_halves(metadata: dict[str, Any]) -> str:
+    """The scores of both halves of a hybrid search, where they were asked for."""
+    return "".join(f", {half} {score:.2f}" for half, score in metadata.get("prefetch_scores", {}).items())
+
+
 embedding = LetterEmbeddings()
-client = QdrantClient(":memory:")  # one database for all three; your own program needs only the hybrid one
+client = QdrantClient(":memory:")  # one database for all; your own program needs only one hybrid retriever
 sections = HANDBOOK.read_text("utf-8").split("\n\n## ")
 
 hybrid = create_qdrant_retriever(sections, embedding=embedding, mode="hybrid", client=client, k=10)
@@ -37,6 +43,9 @@ stages = {
     "Embedding": create_qdrant_retriever(embedding=embedding, mode="dense", client=client),
     "BM25": create_qdrant_retriever(mode="sparse", client=client),
     "Both, fused by rank": hybrid,
+    "Both, fused by score": create_qdrant_retriever(
+        embedding=embedding, mode="hybrid", fusion="dbsf", client=client, k=10, prefetch_scores=True
+    ),
     "Fused and reranked": create_rerank_retriever(hybrid, "embedded"),
 }
 
@@ -45,4 +54,4 @@ for name, stage in stages.items():
     print(f"\n{name}")
     for place, document in enumerate(stage.invoke(QUESTION)[:3], start=1):
         title, _, _ = document.page_content.partition("\n")
-        print(f"  {place}. {title}")
+        print(f"  {place}. {title}{said_by_halves(document.metadata)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -72,7 +72,12 @@ def init_reranker(spec: Spec | None = None, /, **options: Any) -> Reranker:
 
 def installed_backends() -> dict[str, EntryPoint]:
     """The backends' entry points by name, ours and third parties', sorted; ours win over a namesake."""
-    found = sorted(entry_points(group=GROUP), key=lambda point: point.value.startswith("langchain_rerank."))
+    return installed(GROUP)
+
+
+def installed(group: str) -> dict[str, EntryPoint]:
+    """The entry points of a group by name, sorted; ours win over a namesake."""
+    found = sorted(entry_points(group=group), key=lambda point: point.value.startswith("langchain_rerank."))
     return dict(sorted({point.name: point for point in found}.items()))
 
 
@@ -82,14 +87,14 @@ def backend_class(name: str) -> type[Backend]:
     Raises:
         ConfigurationError: There is no such backend, or what is registered under the name is none.
     """
-    installed = installed_backends()
-    if name not in installed:
-        hint = f" Write 'bge:{name}' or 'cross-encoder:{name}'." if "/" in name else _nearest(name.lower(), installed)
-        raise ConfigurationError(f"Unknown backend {name!r}.{hint} Installed backends: {', '.join(installed)}.")
-    kind = installed[name].load()
+    known = installed_backends()
+    if name not in known:
+        hint = f" Write 'bge:{name}' or 'cross-encoder:{name}'." if "/" in name else nearest(name.lower(), known)
+        raise ConfigurationError(f"Unknown backend {name!r}.{hint} Installed backends: {', '.join(known)}.")
+    kind = known[name].load()
     if not (isinstance(kind, type) and issubclass(kind, Backend)):
         raise ConfigurationError(
-            f"Entry point {name!r} is {installed[name].value!r}, which is no subclass of langchain_rerank.Backend"
+            f"Entry point {name!r} is {known[name].value!r}, which is no subclass of langchain_rerank.Backend"
         )
     return kind
 
@@ -177,13 +182,13 @@ def _with_model(mapping: dict[str, Any]) -> dict[str, Any]:
 def _build(name: str, options: dict[str, Any]) -> Reranker:
     kind = backend_class(name)
     ours = {key: options.pop(key) for key in list(options) if key in _reranker_options()}
-    _refuse_unknown(f"backend {name!r}", options, {*kind.model_fields, *_reranker_options(), "backend"})
-    return _reranker(_validated(name, kind, options), ours)
+    refuse_unknown(f"backend {name!r}", options, {*kind.model_fields, *_reranker_options(), "backend"})
+    return _reranker(validated(name, kind, options), ours)
 
 
 def _reranker(backend: Backend, options: Mapping[str, Any]) -> Reranker:
-    _refuse_unknown("Reranker", options, _reranker_options())
-    reranker: Reranker = _validated("Reranker", Reranker, {"backend": backend, **options})
+    refuse_unknown("Reranker", options, _reranker_options())
+    reranker: Reranker = validated("Reranker", Reranker, {"backend": backend, **options})
     return reranker
 
 
@@ -191,7 +196,12 @@ def _reranker_options() -> list[str]:
     return [name for name in Reranker.model_fields if name != "backend"]
 
 
-def _validated(what: str, kind: type[Any], options: Mapping[str, Any]) -> Any:
+def validated(what: str, kind: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """What the options make.
+
+    Raises:
+        ConfigurationError: pydantic refuses a value; the message says which option of `what`, and shows no value.
+    """
     try:
         return kind(**options)
     except ValidationError as error:
@@ -205,15 +215,21 @@ def _problem(location: tuple[int | str, ...], message: str) -> str:
     return f"{'.'.join(map(str, location))}: {message}" if location else message
 
 
-def _refuse_unknown(what: str, options: Mapping[str, Any], known: Iterable[str]) -> None:
+def refuse_unknown(
+    what: str, options: Iterable[str], known: Iterable[str], error: type[ConfigurationError] = ConfigurationError
+) -> None:
+    """Refuse a name that `what` does not know.
+
+    Raises:
+        ConfigurationError: An option is unknown; the message names the nearest and all there are. Or the `error` given.
+    """
     known = sorted(known)
     for name in options:
         if name not in known:
-            raise ConfigurationError(
-                f"Unknown option {name!r} for {what}.{_nearest(name, known)} Options: {', '.join(known)}."
-            )
+            raise error(f"Unknown option {name!r} for {what}.{nearest(name, known)} Options: {', '.join(known)}.")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name that is nearest, to stand behind a sentence; empty if none is near."""
     close = get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""

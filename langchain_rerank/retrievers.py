@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from langchain_classic.retrievers.contextual_compression import ContextualCompressionRetriever
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
@@ -15,22 +18,31 @@ from langchain_core.vectorstores import VectorStore
 from pydantic import ConfigDict, Field, ValidationError
 
 from langchain_rerank._optional import require
+from langchain_rerank._pipeline import make_retriever, read_json_lines, read_pipeline
 from langchain_rerank._qdrant.points import to_document, to_points
-from langchain_rerank.errors import ConfigurationError, UnexpectedKeywordError
-from langchain_rerank.factory import init_reranker
-from langchain_rerank.reranker import Reranker
+from langchain_rerank.errors import ConfigurationError, RetrieverError, UnexpectedKeywordError
+from langchain_rerank.factory import Spec, init_reranker, refuse_unknown
+from langchain_rerank.reranker import KEEP, Keep, Reranker
 
 if TYPE_CHECKING:
     import os
-    from pathlib import Path
     from types import TracebackType
 
     from pydantic import SecretStr
     from qdrant_client import QdrantClient
     from typing_extensions import Self
 
-    from langchain_rerank.backends.base import Backend
+    from langchain_rerank._qdrant.points import Point
     from langchain_rerank.sparse import BM25SparseEmbeddings
+
+_SHOWN = 40
+"""How many characters of a document an error shows."""
+
+_NAMED = 3
+"""How many of the documents that are not there an error names."""
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 DEFAULT_K = 50
 """How many documents the first stage fetches."""
@@ -66,13 +78,7 @@ class ScoredRetriever(BaseRetriever):
         filter: Any = None,  # noqa: A002  # LangChain's name
         **unknown: Any,
     ) -> list[Document]:
-        options = self._options(k, filter, unknown)
-        found: Sequence[tuple[Document, float | None]]
-        try:
-            found = self.vectorstore.similarity_search_with_score(query, **options)
-        except NotImplementedError:
-            found = [(document, None) for document in self.vectorstore.similarity_search(query, **options)]
-        return self._marked(found)
+        return self._marked(self._found(query, self._options(k, filter, unknown)))
 
     async def _aget_relevant_documents(
         self,
@@ -83,13 +89,20 @@ class ScoredRetriever(BaseRetriever):
         filter: Any = None,  # noqa: A002
         **unknown: Any,
     ) -> list[Document]:
-        options = self._options(k, filter, unknown)
-        found: Sequence[tuple[Document, float | None]]
+        return self._marked(await self._afound(query, self._options(k, filter, unknown)))
+
+    def _found(self, query: str, options: dict[str, Any]) -> Sequence[tuple[Document, float | None]]:
+        """What the store finds, best first, with its scores if it has any."""
         try:
-            found = await self.vectorstore.asimilarity_search_with_score(query, **options)
+            return self.vectorstore.similarity_search_with_score(query, **options)
         except NotImplementedError:
-            found = [(document, None) for document in await self.vectorstore.asimilarity_search(query, **options)]
-        return self._marked(found)
+            return [(document, None) for document in self.vectorstore.similarity_search(query, **options)]
+
+    async def _afound(self, query: str, options: dict[str, Any]) -> Sequence[tuple[Document, float | None]]:
+        try:
+            return await self.vectorstore.asimilarity_search_with_score(query, **options)
+        except NotImplementedError:
+            return [(document, None) for document in await self.vectorstore.asimilarity_search(query, **options)]
 
     def _options(self, k: int | None, chosen: Any, unknown: Mapping[str, Any]) -> dict[str, Any]:
         _refuse(unknown, "k", "filter")
@@ -131,10 +144,20 @@ class QdrantRetriever(ScoredRetriever):
     owns_client: bool = Field(default=True, repr=False, exclude=True)
     """Whether `close` closes the client."""
 
+    fusion: Literal["rrf", "dbsf"] = "rrf"
+    """How a hybrid search puts its two lists together."""
+
+    prefetch_scores: bool = False
+    """Whether a hybrid search says what each half thinks of a document."""
+
     def add_documents(
         self, documents: Iterable[Document | str | None], *, batch_size: int = 64, progress: bool = True
     ) -> list[str]:
         """Write documents, over those with the same ids.
+
+        Only a new or changed text is embedded. A document whose metadata alone changed keeps its vectors; one that is
+        there as it stands is left alone. The id may be the caller's own or, of a document that had none, the one it
+        came back with.
 
         Args:
             documents: As `create_qdrant_retriever` takes them.
@@ -145,13 +168,78 @@ class QdrantRetriever(ScoredRetriever):
             The id of each distinct point.
 
         Raises:
+            CollectionMismatchError: The collection also has vectors that this retriever does not make. Nothing was
+                written.
             ConfigurationError: Something is no document, or its metadata is no JSON. Nothing was written.
             RetrieverError: Qdrant could not be reached or refused. What was written stays; doing it again is safe.
         """
+        return self._write(to_points(documents), batch_size=batch_size, progress=progress)
+
+    def update_documents(
+        self, documents: Iterable[Document], *, batch_size: int = 64, progress: bool = True
+    ) -> list[str]:
+        """Write documents that are there already, as `add_documents` does.
+
+        Args:
+            documents: Documents with ids.
+            batch_size: How many are embedded and sent at once.
+            progress: Show a bar, if there are several batches and standard error is a terminal.
+
+        Returns:
+            The id of each distinct point.
+
+        Raises:
+            ConfigurationError: A document has no id. Nothing was written.
+            RetrieverError: An id is not there; nothing was written. Or what `add_documents` raises.
+        """
+        _at_least(1, "batch_size", batch_size)
         points = to_points(documents)
-        self.collection = self.collection.add(points, batch_size=batch_size, progress=progress)
+        for point in points:
+            if point.document_id is None:
+                raise ConfigurationError(
+                    f"The document {point.text[:_SHOWN]!r} has no id; update_documents finds documents by their ids"
+                )
+        absent = self.collection.missing(points, batch_size=batch_size)
+        if absent:
+            names = [repr(point.document_id) for point in absent[:_NAMED]] + ["..."] * (len(absent) > _NAMED)
+            raise RetrieverError(
+                f"Collection {self.collection.name!r} has no documents with these ids: {', '.join(names)}. "
+                "Nothing was written. add_documents writes new ones too."
+            )
+        return self._write(points, batch_size=batch_size, progress=progress)
+
+    def _write(self, points: list[Point], *, batch_size: int, progress: bool) -> list[str]:
+        _at_least(1, "batch_size", batch_size)
+        self.collection, ids = self.collection.add(points, batch_size=batch_size, progress=progress)
         self.vectorstore = self.collection.store()
-        return [point.id for point in points]
+        return list(ids)
+
+    def delete_documents(self, ids: Iterable[str], *, batch_size: int = 1000) -> int:
+        """Delete documents.
+
+        Args:
+            ids: The documents' ids: the caller's own, or those of `add_documents` or of found documents.
+            batch_size: How many are sent at once.
+
+        Returns:
+            How many were there and are deleted. An id that is not there is no error.
+
+        Raises:
+            ConfigurationError: Something is no id. Nothing was deleted.
+            RetrieverError: Qdrant could not be reached or refused. Doing it again is safe.
+        """
+        _at_least(1, "batch_size", batch_size)
+        return int(self.collection.delete(_only_ids(ids), batch_size=batch_size))
+
+    async def aupdate_documents(
+        self, documents: Iterable[Document], *, batch_size: int = 64, progress: bool = True
+    ) -> list[str]:
+        """As `update_documents`, in a worker thread."""
+        return await run_in_executor(None, self.update_documents, documents, batch_size=batch_size, progress=progress)
+
+    async def adelete_documents(self, ids: Iterable[str], *, batch_size: int = 1000) -> int:
+        """As `delete_documents`, in a worker thread."""
+        return await run_in_executor(None, self.delete_documents, ids, batch_size=batch_size)
 
     async def aadd_documents(
         self, documents: Iterable[Document | str | None], *, batch_size: int = 64, progress: bool = True
@@ -173,9 +261,37 @@ class QdrantRetriever(ScoredRetriever):
         self.close()
 
     def _options(self, k: int | None, chosen: Any, unknown: Mapping[str, Any]) -> dict[str, Any]:
-        return super()._options(k, _qdrant_filter(chosen), unknown)
+        from langchain_rerank._qdrant.collection import fused_by
+
+        options = super()._options(k, _qdrant_filter(chosen), unknown)
+        return {**options, "hybrid_fusion": fused_by(self.fusion)} if self._is_hybrid() else options
+
+    def _found(self, query: str, options: dict[str, Any]) -> Sequence[tuple[Document, float | None]]:
+        if not (self.prefetch_scores and self._is_hybrid()):
+            return super()._found(query, options)
+        found: Sequence[tuple[Document, float | None]] = self.collection.search_both(query, **options)
+        return found
+
+    async def _afound(self, query: str, options: dict[str, Any]) -> Sequence[tuple[Document, float | None]]:
+        return await run_in_executor(None, self._found, query, options)
+
+    def _is_hybrid(self) -> bool:
+        return len(self.collection.vectors.names) > 1
 
 
+def _names_typos(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function, with an error of ours for a keyword that it does not have."""
+    known = list(signature(function).parameters)
+
+    @wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        refuse_unknown(function.__name__, kwargs, known, UnexpectedKeywordError)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@_names_typos
 def create_qdrant_retriever(
     documents: Iterable[Document | str | None] = (),
     *,
@@ -194,7 +310,10 @@ def create_qdrant_retriever(
     distance: Literal["cosine", "dot", "euclid", "manhattan"] = "cosine",
     vector_name: str = "",
     sparse_vector_name: str = "langchain-sparse",
-    bm25: BM25SparseEmbeddings | None = None,
+    bm25: BM25SparseEmbeddings | Mapping[str, float] | None = None,
+    fusion: Literal["rrf", "dbsf"] = "rrf",
+    prefetch_scores: bool = False,
+    payload_indexes: Iterable[str] | Mapping[str, str | None] = (),
     batch_size: int = 64,
     progress: bool = True,
 ) -> QdrantRetriever:
@@ -208,7 +327,7 @@ def create_qdrant_retriever(
         documents: Documents or plain texts to write; none to search what is there. Their metadata must be JSON.
         embedding: A LangChain embedding, or its name as `init_embeddings` takes it, such as
             `"huggingface:sentence-transformers/all-MiniLM-L6-v2"`. Without one BM25 searches, which needs no model.
-        mode: `"dense"` searches by the embedding, `"sparse"` by BM25, `"hybrid"` by both, fused by reciprocal rank.
+        mode: `"dense"` searches by the embedding, `"sparse"` by BM25, `"hybrid"` by both, fused by Qdrant.
             Not given: dense where there is an embedding, else sparse.
         location: `":memory:"`, which is also what you get when no place is given, or a URL.
         path: A folder on disk, for one process at a time.
@@ -224,7 +343,16 @@ def create_qdrant_retriever(
         distance: How dense vectors are compared.
         vector_name: The name of the dense vector; "" is Qdrant's default vector.
         sparse_vector_name: The name of the BM25 vector.
-        bm25: Other settings of BM25 than the usual.
+        bm25: Other settings of BM25 than the usual: a `BM25SparseEmbeddings`, or a mapping of its settings.
+        fusion: How a hybrid search puts its two lists of k together: `"rrf"` by their ranks, `"dbsf"` by their scores,
+            each list's scaled by its mean and spread.
+        prefetch_scores: Keep what each half of a hybrid search says, as `prefetch_scores` in the metadata:
+            `{"dense": 0.8, "sparse": 3.1}`, or one of them where only that half found it. It costs two more searches
+            within the same request.
+        payload_indexes: Fields for which a server keeps an index, so that filters are fast, named as filters name
+            them: `["metadata.year"]`, or with their kinds `{"metadata.year": "integer"}` (keyword, integer, float,
+            geo, text, bool, datetime, uuid). Without a kind it is that of the documents' values. An embedded database
+            has no indexes and filters all the same.
         batch_size: How many documents are embedded and sent at once.
         progress: Show a bar while writing, if there are several batches and standard error is a terminal.
 
@@ -233,7 +361,8 @@ def create_qdrant_retriever(
 
     Raises:
         CollectionMismatchError: The collection was made with another vector size, distance or name, without the IDF
-            modifier or with other BM25 settings. Nothing was written.
+            modifier, with other BM25 settings or another kind of index; or documents are to be written, and it also
+            has vectors that this mode does not make. Nothing was written.
         ConfigurationError: The options contradict each other, or a document cannot be stored. Nothing was written.
         MissingDependencyError: langchain-qdrant or PyStemmer is not installed.
         RetrieverUnavailableError: The server does not answer, or another process has the path open.
@@ -247,11 +376,18 @@ def create_qdrant_retriever(
         'Mars is the red planet.'
     """
     require("langchain_qdrant", "qdrant_client", "Stemmer", extra="qdrant")
-    from langchain_rerank._qdrant.collection import Collection, choose_vectors
+    from langchain_rerank._qdrant.collection import Collection, choose_vectors, fused_by
     from langchain_rerank._qdrant.connection import connect
+    from langchain_rerank._qdrant.indexes import choose_indexes
 
     _at_least(1, "k", k)
     _at_least(1, "batch_size", batch_size)
+    names = {"collection_name": collection_name, "vector_name": vector_name, "sparse_vector_name": sparse_vector_name}
+    _only_texts(location=location, url=url, **names)
+    if not isinstance(timeout, int | float):
+        raise ConfigurationError(f"timeout is {timeout!r}; it must be a number of seconds")
+    fused_by(fusion)
+    indexes = choose_indexes(payload_indexes)
     chosen, points = _qdrant_filter(filter), to_points(documents)
     vectors = choose_vectors(
         mode, embedding, bm25, distance=distance, dense_name=vector_name, sparse_name=sparse_vector_name
@@ -267,21 +403,52 @@ def create_qdrant_retriever(
     )
     try:
         collection = Collection.open(connection, collection_name, vectors)
-        collection = collection.add(points, batch_size=batch_size, progress=progress)
+        collection.index(indexes, points)
+        collection, _ = collection.add(points, batch_size=batch_size, progress=progress)
     except BaseException:
         if client is None:
             connection.close()
         raise
     return QdrantRetriever(
-        vectorstore=collection.store(), k=k, filter=chosen, collection=collection, owns_client=client is None
+        vectorstore=collection.store(),
+        k=k,
+        filter=chosen,
+        collection=collection,
+        owns_client=client is None,
+        fusion=fusion,
+        prefetch_scores=prefetch_scores,
     )
+
+
+@_names_typos
+def create_bm25_retriever(
+    documents: str | os.PathLike[str], *, k: int = DEFAULT_K, k1: float = 0.9, b: float = 0.4
+) -> QdrantRetriever:
+    """Read documents into memory and search them by BM25; a pipeline's `type: bm25`.
+
+    Args:
+        documents: A file with one JSON object a line: `text`, and `id` and `metadata` if there are any.
+        k: How many documents a search returns.
+        k1: How slowly repeated tokens stop to count, 0 or more.
+        b: How much long documents are held back, from 0 (not at all) to 1 (in full).
+
+    Returns:
+        The retriever, over an embedded Qdrant.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or a value is out of bounds.
+        MissingDependencyError: langchain-qdrant or PyStemmer is not installed.
+    """
+    return create_qdrant_retriever(read_json_lines(Path(documents)), k=k, bm25={"k1": k1, "b": b})
 
 
 class RerankRetriever(ContextualCompressionRetriever):
     """Retrieves many documents, keeps the best few; `create_rerank_retriever` makes it.
 
     Takes the place of any LangChain retriever. `invoke`, `ainvoke` and `batch` take `top_n`, `k` and `filter` for one
-    call; `None` is the same as not given.
+    call. `top_n=None` keeps all; of the other two `None` is the same as not given.
+
+    `close()` or `with` closes the first stage, if that can be closed.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -299,7 +466,7 @@ class RerankRetriever(ContextualCompressionRetriever):
         *,
         run_manager: CallbackManagerForRetrieverRun,
         k: int | None = None,
-        top_n: int | None = None,
+        top_n: int | Keep | None = KEEP,
         filter: Any = None,  # noqa: A002  # LangChain's name
         **unknown: Any,
     ) -> list[Document]:
@@ -318,7 +485,7 @@ class RerankRetriever(ContextualCompressionRetriever):
         *,
         run_manager: AsyncCallbackManagerForRetrieverRun,
         k: int | None = None,
-        top_n: int | None = None,
+        top_n: int | Keep | None = KEEP,
         filter: Any = None,  # noqa: A002
         **unknown: Any,
     ) -> list[Document]:
@@ -336,19 +503,35 @@ class RerankRetriever(ContextualCompressionRetriever):
         given = {"k": self.k if k is None else k, "filter": chosen}
         return _for_search(self.base_retriever, {name: value for name, value in given.items() if value is not None})
 
-    def _keep(self, top_n: int | None) -> int:
+    def _keep(self, top_n: int | Keep | None) -> int | None:
+        if top_n is None:
+            return None
         own = getattr(self.base_compressor, "top_n", None)
-        chosen = next(n for n in (top_n, self.top_n, own, DEFAULT_TOP_N) if n is not None)
+        given = None if top_n is KEEP else top_n
+        chosen = next(n for n in (given, self.top_n, own, DEFAULT_TOP_N) if n is not None)
         return _at_least(0, "top_n", chosen)
 
-    def _compress_options(self, keep: int) -> dict[str, Any]:
+    def close(self) -> None:
+        """Close the first stage, if that can be closed: an embedded database on disk is then free for others."""
+        _close(self.base_retriever)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _compress_options(self, keep: int | None) -> dict[str, Any]:
         """A `Reranker` is told how many to keep; of any other compressor's documents the first are kept."""
         return {"top_n": keep} if isinstance(self.base_compressor, Reranker) else {}
 
 
+@_names_typos
 def create_rerank_retriever(
-    retriever: RetrieverLike | VectorStore,
-    reranker: BaseDocumentCompressor | Backend | str | Path | Mapping[str, Any] | None = None,
+    retriever: RetrieverLike | VectorStore | str | Path | Mapping[str, Any] | None = None,
+    reranker: BaseDocumentCompressor | Spec | None = None,
     *,
     k: int | None = None,
     top_n: int | None = None,
@@ -357,18 +540,24 @@ def create_rerank_retriever(
 
     Args:
         retriever: What recalls the candidates: a vector store (its scores are kept as `retrieval_score`), or any
-            LangChain retriever.
+            LangChain retriever. Or the whole pipeline: a mapping with `retriever` and `reranker` (and `k` and `top_n`
+            if you like), or a YAML file with the same, as a `Path` or a string that ends in .yaml or .yml. Or nothing:
+            then the YAML file that the environment variable LANGCHAIN_RERANK_PIPELINE names. There `retriever` is a
+            mapping of options, with its name as `type`: `qdrant` (if there is none) takes those of
+            `create_qdrant_retriever`, `bm25` reads a file, others come from the entry points of the group
+            `langchain_rerank.retrievers`.
         reranker: A `Reranker`, any other LangChain document compressor, or what `init_reranker` takes; nothing is the
-            embedded model.
+            pipeline's, else what LANGCHAIN_RERANK says, else the embedded model.
         k: How many candidates to fetch, 50 if not given. Only for vector stores and the retrievers of this package;
             others decide it themselves.
-        top_n: How many documents to keep. Not given: the reranker's own `top_n`, else 5.
+        top_n: How many documents to keep. Not given: the pipeline's `top_n`, else the reranker's own, else 5.
 
     Returns:
         The retriever. Its `invoke` takes `top_n` for one call, and `k` and `filter` where the first stage does.
 
     Raises:
-        ConfigurationError: `k` for a retriever that does not take it, or something that is no retriever or reranker.
+        ConfigurationError: `k` for a retriever that does not take it, something that is no retriever or reranker, or
+            a pipeline that cannot be right.
 
     Example:
         >>> from langchain_rerank import create_qdrant_retriever, create_rerank_retriever
@@ -378,10 +567,17 @@ def create_rerank_retriever(
         >>> best.page_content
         'Mars is called the red planet.'
     """
-    for name, value, least in (("k", k, 1), ("top_n", top_n, 0)):
-        if value is not None:
-            _at_least(least, name, value)
-    compressor = reranker if isinstance(reranker, BaseDocumentCompressor) else init_reranker(reranker)
+    _check_numbers(k, top_n)
+    if retriever is None or isinstance(retriever, str | Path | Mapping):
+        return _from_pipeline(read_pipeline(retriever), reranker, k=k, top_n=top_n)
+    return _joined(retriever, _compressor(reranker), k=k, top_n=top_n)
+
+
+def _compressor(reranker: Any) -> BaseDocumentCompressor:
+    return reranker if isinstance(reranker, BaseDocumentCompressor) else init_reranker(reranker)
+
+
+def _joined(retriever: Any, compressor: BaseDocumentCompressor, *, k: int | None, top_n: int | None) -> RerankRetriever:
     if isinstance(retriever, VectorStore):
         recall: RetrieverLike = ScoredRetriever(vectorstore=retriever, k=DEFAULT_K if k is None else k)
         return RerankRetriever(base_retriever=recall, base_compressor=compressor, top_n=top_n)
@@ -392,6 +588,42 @@ def create_rerank_retriever(
     if k is not None:
         _for_search(retriever, {"k": k})
     return RerankRetriever(base_retriever=retriever, base_compressor=compressor, top_n=top_n, k=k)
+
+
+def _from_pipeline(pipeline: Mapping[str, Any], reranker: Any, *, k: int | None, top_n: int | None) -> RerankRetriever:
+    """What a pipeline describes; the arguments come before it."""
+    k = pipeline.get("k") if k is None else k
+    top_n = pipeline.get("top_n") if top_n is None else top_n
+    _check_numbers(k, top_n)
+    compressor = _compressor(pipeline.get("reranker") if reranker is None else reranker)
+    recall = make_retriever(pipeline["retriever"])  # last, as it may open a database
+    try:
+        return _joined(recall, compressor, k=k, top_n=top_n)
+    except BaseException:
+        if recall is not pipeline["retriever"]:
+            _close(recall)
+        raise
+
+
+def _close(retriever: Any) -> None:
+    if callable(close := getattr(retriever, "close", None)):
+        close()
+
+
+def _only_ids(ids: Iterable[str]) -> list[str]:
+    if isinstance(ids, str):
+        raise ConfigurationError(f"ids is one text; put {ids!r} into a list")
+    ids = list(ids)
+    for index, name in enumerate(ids):
+        if not isinstance(name, str):
+            raise ConfigurationError(f"ids[{index}] is {name!r}; a document's id is a text")
+    return ids
+
+
+def _only_texts(**options: Any) -> None:
+    for name, value in options.items():
+        if value is not None and not isinstance(value, str):
+            raise ConfigurationError(f"{name} is {value!r}; it must be a text, in YAML with quotes")
 
 
 def _qdrant_filter(content: Any) -> Any:
@@ -423,7 +655,13 @@ def _refuse(unknown: Mapping[str, Any], *known: str) -> None:
         )
 
 
+def _check_numbers(k: int | None, top_n: int | None) -> None:
+    for name, value, least in (("k", k, 1), ("top_n", top_n, 0)):
+        if value is not None:
+            _at_least(least, name, value)
+
+
 def _at_least(least: int, name: str, value: int) -> int:
-    if not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigurationError(f"{name} is {value!r}; it must be a whole number, {least} or more")
     return value

@@ -7,11 +7,20 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test asks a hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("LANGCHAIN_RERANK", None)
+os.environ.pop("LANGCHAIN_RERANK_PIPELINE", None)
 os.environ.pop("COHERE_API_KEY", None)
 os.environ.pop("CO_API_KEY", None)
 os.environ.pop("CO_API_URL", None)
 os.environ.pop("QDRANT_API_KEY", None)
 os.environ.pop("LANGSMITH_TRACING", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _conversions(tmp_path_factory):
+    """Converted models of this run, in a folder of its own; each is made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LANGCHAIN_RERANK_CACHE", str(tmp_path_factory.mktemp("conversions")))
+        yield
 
 
 def _tiny(name):

@@ -2,10 +2,27 @@
 
 import json
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 from qdrant_client import QdrantClient, models
+
+PLACES = ("memory", "path", "server")
+
+
+@contextmanager
+def place_of(kind, folder):
+    """Options that lead to a database of that kind. It can be opened again and again, one at a time."""
+    if kind == "memory":
+        client = QdrantClient(":memory:")
+        yield {"client": client}
+        client.close()
+    elif kind == "path":
+        yield {"path": folder / "qdrant"}
+    else:
+        with FakeQdrant() as server:
+            yield {"url": server.url}
 
 
 class FakeQdrant:
@@ -22,6 +39,8 @@ class FakeQdrant:
         """Whether it lets callers wait until the end."""
         self.denials = 0
         """How many times more it says that a collection does not exist."""
+        self.indexes = {}
+        """Collection and field to the kind of its payload index."""
         self.requests = []
         """Method and path of each request."""
         self.database = QdrantClient(":memory:")
@@ -59,7 +78,7 @@ class FakeQdrant:
             return 400, {}, json.dumps({"status": {"error": f"Wrong input: {error}"}, "time": 0.0})
         return 200, {}, json.dumps({"result": result, "status": "ok", "time": 0.0})
 
-    def _result(self, method, name, *what, body):  # noqa: PLR0911
+    def _result(self, method, name, *what, body):
         match (method, *what):
             case ("GET", "exists"):
                 self.denials -= 1
@@ -76,14 +95,35 @@ class FakeQdrant:
                 )
             case ("PATCH",):
                 return self.database.update_collection(name, metadata=body["metadata"] if self.keeps_metadata else None)
-            case ("PUT", "points"):
+            case ("PUT", "index"):
+                self.indexes[name, body["field_name"]] = body["field_schema"]
+                return {"operation_id": 0, "status": "completed"}
+            case (_, "points", *_):
+                return self._of_points(method, name, *what[1:], body=body)
+        raise ValueError(f"{method} {what}")
+
+    def _of_points(self, method, name, *what, body):  # noqa: PLR0911
+        match (method, *what):
+            case ("PUT",):
                 points = models.PointsList(**body).points
                 return self.database.upsert(name, points).model_dump(mode="json")
-            case ("POST", "points"):
+            case ("POST",):
                 return _dumped(self.database.retrieve(name, body["ids"]))
-            case ("POST", "points", "count"):
+            case ("POST", "delete"):
+                return self.database.delete(name, body["points"]).model_dump(mode="json")
+            case ("POST", "batch"):
+                operations = models.UpdateOperations(**body).operations
+                return [done.model_dump(mode="json") for done in self.database.batch_update_points(name, operations)]
+            case ("POST", "scroll"):
+                asked = models.ScrollRequest(**body)
+                found, _ = self.database.scroll(name, asked.filter, asked.limit)
+                return {"points": _dumped(found)}
+            case ("POST", "query", "batch"):
+                asked = models.QueryRequestBatch(**body).searches
+                return [{"points": _dumped(found.points)} for found in self.database.query_batch_points(name, asked)]
+            case ("POST", "count"):
                 return self.database.count(name).model_dump(mode="json")
-            case ("POST", "points", "query"):
+            case ("POST", "query"):
                 asked = models.QueryRequest(**body)
                 found = self.database.query_points(
                     name,
@@ -94,10 +134,15 @@ class FakeQdrant:
                     limit=asked.limit,
                 )
                 return {"points": _dumped(found.points)}
-        raise ValueError(f"{method} {what}")
+        raise ValueError(f"{method} points {what}")
 
     def _info(self, name):
         info = self.database.get_collection(name).model_dump(mode="json")
+        info["payload_schema"] = {
+            field: {"data_type": kind, "points": 0}
+            for (collection, field), kind in self.indexes.items()
+            if collection == name
+        }
         vectors = info["config"]["params"]["vectors"]
         if list(vectors or ()) == [""]:  # a server tells of the default vector without its empty name
             info["config"]["params"]["vectors"] = vectors[""]

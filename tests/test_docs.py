@@ -14,9 +14,10 @@ from types import ModuleType
 import pytest
 import typer.main
 import yaml
+from langchain_core.embeddings import DeterministicFakeEmbedding
 from markdown_it import MarkdownIt
 
-from langchain_rerank import init_reranker
+from langchain_rerank import create_rerank_retriever, init_reranker
 from langchain_rerank.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -116,9 +117,23 @@ def build_yaml(block, monkeypatch):
     assert isinstance(content, dict | list), f"{block.where}: neither a mapping nor a list"
     for name in re.findall(r"\$\{(\w+)\}", block.code):
         monkeypatch.setenv(name, PLACEHOLDER)
-    init_reranker(content.get("reranker", {}) if "retriever" in content else content)
+    if "retriever" in content:
+        create_rerank_retriever({**content, "retriever": at_hand(content["retriever"])}).close()
+    else:
+        init_reranker(content)
     if named := re.match(r"# (\S+\.ya?ml)\n", block.code):
         Path(named[1]).write_text(block.code, encoding="utf-8")
+
+
+def at_hand(retriever):
+    """The retriever's options without a place and an embedding that only its reader has."""
+    if not isinstance(retriever, dict):
+        return retriever
+    own = {name: value for name, value in retriever.items() if name not in ("path", "url", "location", "api_key")}
+    if "embedding" in own:
+        assert re.fullmatch(r"\w+:\S+", own["embedding"]), "an embedding is provider:model"
+        own["embedding"] = DeterministicFakeEmbedding(size=8)
+    return own
 
 
 # Commands -----------------------------------------------------------------------------------------------------------
@@ -247,6 +262,9 @@ def fenced(language, *lines):
         (fenced("yaml", "backend: embeded"), "Did you mean 'embedded'"),
         (fenced("yaml", "backend: cross-encoder", "devise: cpu"), "Did you mean 'device'"),
         (fenced("yaml", "retriever: {k: 50}", "reranker: {backend: embeded}"), "Did you mean 'embedded'"),
+        (fenced("yaml", "retriever: {path: ./qdrant, kk: 50}"), "Unknown option 'kk' for retriever 'qdrant'"),
+        (fenced("yaml", "retriever: {mode: hybird, embedding: 'openai:a'}"), "Unknown mode 'hybird'"),
+        (fenced("yaml", "retriever: qdrant", "rerankers: embedded"), "Did you mean 'reranker'"),
         (fenced("console", "langchain-rerank demo"), "no line begins with"),
         (fenced("console", "$ langchain-rerank demmo"), "No such command 'demmo'"),
         (fenced("console", "$ langchain-rerank demo --al"), "No such option: --al"),

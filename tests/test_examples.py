@@ -223,6 +223,7 @@ def test_hybrid_finds_with_both_and_reranking_puts_the_answer_first(run):
 
     assert found["Embedding"][0] != found["BM25"][0]
     assert set(found["Both, fused by rank"]) <= {*found["Embedding"], *found["BM25"]}
+    assert all(re.search(r", (dense|sparse) \d+\.\d\d$", title) for title in found["Both, fused by score"])
     assert found["Both, fused by rank"][0] != "Rain and washing"
     assert found["Fused and reranked"][0] == "Rain and washing"
 
@@ -326,7 +327,20 @@ def test_the_chinese_quickstart_takes_bge_from_a_folder(run, tiny_xlmr):
     assert len(re.findall(r"^  0\.\d{3}  ", done.stdout, re.MULTILINE)) == 5
 
 
-@pytest.mark.parametrize("config", sorted(EXAMPLES.glob("config/*.yaml")), ids=lambda path: path.name)
+def test_the_pipeline_of_the_configurations_answers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    with create_rerank_retriever(EXAMPLES / "config" / "pipeline.yaml") as retriever:
+        retriever.base_retriever.add_documents(["Mars is called the red planet."])
+        assert retriever.invoke("Which planet is red?")[0].metadata["relevance_score"] > 0
+
+    assert (tmp_path / "qdrant").is_dir()
+
+
+RERANKERS = sorted(set(EXAMPLES.glob("config/*.yaml")) - {EXAMPLES / "config" / "pipeline.yaml"})
+
+
+@pytest.mark.parametrize("config", RERANKERS, ids=lambda path: path.name)
 def test_each_configuration_builds(config, monkeypatch):
     monkeypatch.setenv("COHERE_API_KEY", "no-key")
     for name in re.findall(r"\$\{(\w+)\}", config.read_text("utf-8")):

@@ -30,7 +30,7 @@ from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 from langchain_qdrant import QdrantVectorStore
 from langchain_tests.integration_tests import RetrieversIntegrationTests
 from qdrant_client import QdrantClient, models
-from qdrant_fake import FakeQdrant
+from qdrant_fake import PLACES, place_of
 
 from langchain_rerank import Reranker, RerankRetriever, create_qdrant_retriever, create_rerank_retriever
 from langchain_rerank.errors import (
@@ -71,18 +71,10 @@ def _no_proxy(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
-@pytest.fixture(params=["memory", "path", "server"])
+@pytest.fixture(params=PLACES)
 def place(request, tmp_path):
-    """Where a test's database is. It can be opened again and again, one at a time."""
-    if request.param == "memory":
-        client = QdrantClient(":memory:")
-        yield {"client": client}
-        client.close()
-    elif request.param == "path":
-        yield {"path": tmp_path / "qdrant"}
-    else:
-        with FakeQdrant() as server:
-            yield {"url": server.url}
+    with place_of(request.param, tmp_path) as place:
+        yield place
 
 
 def ids(documents):
@@ -527,6 +519,13 @@ def test_a_bar_is_shown_for_several_batches_on_a_terminal(monkeypatch, stream, o
         ({"k": 0}, "k is 0; it must be a whole number, 1 or more"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"filter": {"nust": []}}, "is not a Qdrant filter"),
+        ({"fusion": "sum"}, "Unknown fusion 'sum'; there are rrf, dbsf"),
+        ({"bm25": {"average_lenght": 1}}, "Unknown option 'average_lenght' for bm25. Did you mean 'average_length'"),
+        ({"bm25": {"b": 2}}, "cannot be: k1 is 0 or more"),
+        ({"collection_name": 2024}, "collection_name is 2024; it must be a text, in YAML with quotes"),
+        ({"payload_indexes": "metadata.moons"}, "payload_indexes is one text; put 'metadata.moons' into a list"),
+        ({"payload_indexes": ["moons"]}, "names 'moons'; a field is named as in a filter, such as 'metadata.moons'"),
+        ({"payload_indexes": {"metadata.moons": "int"}}, "Unknown kind of index 'int'; there are keyword, integer"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):
@@ -655,14 +654,15 @@ def test_the_best_of_many_come_back_with_both_scores():
 @pytest.mark.parametrize(
     ("call", "factory", "own", "kept"),
     [
-        (1, 2, 3, 1),
-        (None, 2, 3, 2),
-        (None, None, 3, 3),
-        (None, None, None, 5),
-        (7, None, 2, 7),
-        (None, 8, 2, 8),
-        (0, 2, 3, 0),
-        (99, None, None, 9),
+        ({"top_n": 1}, 2, 3, 1),
+        ({}, 2, 3, 2),
+        ({}, None, 3, 3),
+        ({}, None, None, 5),
+        ({"top_n": 7}, None, 2, 7),
+        ({}, 8, 2, 8),
+        ({"top_n": 0}, 2, 3, 0),
+        ({"top_n": 99}, None, None, 9),
+        ({"top_n": None}, 2, 3, 9),
     ],
 )
 def test_who_decides_how_many_are_kept(call, factory, own, kept):
@@ -670,16 +670,24 @@ def test_who_decides_how_many_are_kept(call, factory, own, kept):
     recall = RunnableLambda(lambda query: found)
     retriever = create_rerank_retriever(recall, Reranker(backend=LengthBackend(), top_n=own), top_n=factory)
 
-    assert len(retriever.invoke("q", top_n=call)) == kept
-    assert len(asyncio.run(retriever.ainvoke("q", top_n=call))) == kept
+    assert len(retriever.invoke("q", **call)) == kept
+    assert len(asyncio.run(retriever.ainvoke("q", **call))) == kept
 
 
-@pytest.mark.parametrize(("call", "factory", "own", "kept"), [(1, 2, 3, 1), (None, 2, 3, 2), (None, None, 1, 1)])
+@pytest.mark.parametrize(
+    ("call", "factory", "own", "kept"),
+    [
+        ({"top_n": 1}, 2, 3, 1),
+        ({}, 2, 3, 2),
+        ({}, None, 1, 1),
+        ({"top_n": None}, 2, None, 3),
+    ],
+)
 def test_any_compressor_reranks_and_its_answer_is_cut(call, factory, own, kept):
     retriever = create_rerank_retriever(FixedRetriever(), Backwards(top_n=own), top_n=factory)
 
-    assert ids(retriever.invoke("q", top_n=call)) == ["s", "j", "m"][:kept]
-    assert ids(asyncio.run(retriever.ainvoke("q", top_n=call))) == ["s", "j", "m"][:kept]
+    assert ids(retriever.invoke("q", **call)) == ["s", "j", "m"][:kept]
+    assert ids(asyncio.run(retriever.ainvoke("q", **call))) == ["s", "j", "m"][:kept]
 
 
 def test_k_and_filter_of_one_call_reach_our_retrievers():

@@ -1,1 +1,1 @@
-"""What `create_qdrant_retriever` is made of; only `points` can be imported without qdrant-client."""
+"""What `create_qdrant_retriever` is made of; only `points` and `indexes` can be imported without qdrant-client."""

@@ -50,6 +50,8 @@ class Connection:
     def __init__(self, client: QdrantClient, place: str, *, embedded: bool, secret: str | None = None) -> None:
         self.place = place
         """Where the database is, for messages: a URL without secrets, a path, or "memory"."""
+        self.embedded = embedded
+        """Whether the database is in this process, in memory or in a folder."""
         self._client = client
         # On the client, so that all retrievers over one client take turns.
         self._lock = vars(client).setdefault("_langchain_rerank_lock", RLock()) if embedded else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.documents import Document
@@ -13,16 +13,22 @@ from langchain_core.documents import Document
 from langchain_rerank.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 NAMESPACE = uuid.UUID("58b61a3b-fa20-43d9-b6ce-b179d2e9d009")
 """Of the points' ids. It must never change: documents that are stored already would be stored twice."""
+
+TEXT_KEY, METADATA_KEY = "page_content", "metadata"
+"""The keys of a point's payload, as langchain-qdrant has them."""
 
 _OWN = "_langchain_rerank"
 """The metadata key under which a point keeps what langchain-qdrant has no place for."""
 
 _POINT_ID, _COLLECTION = "_id", "_collection_name"
 """The metadata keys that langchain-qdrant writes into whatever it returns."""
+
+_PREFETCH_SCORES = "prefetch_scores"
+"""The metadata key of what each half of a hybrid search says."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -31,13 +37,32 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Point:
     """One document as it is stored."""
 
-    id: str
-    """A UUID, the same for the same document."""
+    id: str | int
+    """A UUID, the same for the same document; or what another program has given."""
 
     text: str
 
     metadata: dict[str, Any]
     """JSON. The document's own, and under one key of ours the caller's id."""
+
+    document_id: str | None = None
+    """The document's own id, if it has one."""
+
+    direct_id: str | int | None = None
+    """The document's id, if it could be that of a point: so come back documents that had none."""
+
+    def in_place_of(self, stored: Mapping[str, Any]) -> Point:
+        """This document as the point that has its id directly.
+
+        Args:
+            stored: The metadata of that point; a caller's id that stands there stays.
+        """
+        kept = {key: value for key, value in self.metadata.get(_OWN, {}).items() if key != "id"}
+        if "id" in (own := stored.get(_OWN) or {}):
+            kept["id"] = own["id"]
+        metadata = {key: value for key, value in self.metadata.items() if key != _OWN}
+        point_id = self.id if self.direct_id is None else self.direct_id
+        return replace(self, id=point_id, metadata={**metadata, **({_OWN: kept} if kept else {})})
 
 
 def to_points(documents: Iterable[Document | str | None]) -> list[Point]:
@@ -61,6 +86,14 @@ def to_points(documents: Iterable[Document | str | None]) -> list[Point]:
     return list({point.id: point for point in points}.values())
 
 
+def to_found(point: Any, prefetch_scores: Mapping[str, float]) -> Document:
+    """A point as `QdrantVectorStore` returns it, with the scores of each half of a hybrid search."""
+    payload = point.payload or {}
+    extra = {_POINT_ID: point.id, _PREFETCH_SCORES: dict(prefetch_scores)}
+    metadata = {**(payload.get(METADATA_KEY) or {}), **extra}
+    return Document(page_content=payload.get(TEXT_KEY) or "", metadata=metadata)
+
+
 def to_document(found: Document) -> Document:
     """Undo what `to_points` and langchain-qdrant did.
 
@@ -78,6 +111,27 @@ def to_document(found: Document) -> Document:
     return Document(id=own.get("id", point_id), page_content=found.page_content, metadata=metadata)
 
 
+def point_ids(document_id: str) -> tuple[str, str | int | None]:
+    """The ids under which a document may be stored.
+
+    Args:
+        document_id: The caller's, or that of a point.
+
+    Returns:
+        The id that `to_points` makes of it, and the id itself if it could be that of a point: a UUID or a number.
+    """
+    return str(uuid.uuid5(NAMESPACE, _as_json(document_id))), _direct(document_id)
+
+
+def _direct(document_id: str) -> str | int | None:
+    if re.fullmatch("[0-9]{1,19}", document_id):
+        return int(document_id)
+    try:
+        return str(uuid.UUID(document_id))
+    except ValueError:
+        return None
+
+
 def _to_point(document: Document | str | None, index: int) -> Point:
     if document is None or isinstance(document, str):
         document = Document(page_content=document or "")
@@ -88,7 +142,10 @@ def _to_point(document: Document | str | None, index: int) -> Point:
     name = json.dumps([text, metadata], sort_keys=True) if document_id is None else document_id
     own = {key: metadata[key] for key in (_POINT_ID, _COLLECTION, _OWN) if key in metadata}  # will be overwritten
     kept = {**({"id": document_id} if document_id is not None else {}), **({"metadata": own} if own else {})}
-    return Point(str(uuid.uuid5(NAMESPACE, name)), text, {**metadata, **({_OWN: kept} if kept else {})})
+    direct = None if document_id is None else _direct(document_id)
+    return Point(
+        str(uuid.uuid5(NAMESPACE, name)), text, {**metadata, **({_OWN: kept} if kept else {})}, document_id, direct
+    )
 
 
 def _metadata(document: Document, index: int) -> dict[str, Any]:
