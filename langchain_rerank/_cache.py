@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from langchain_core.stores import ByteStore
 
 from langchain_rerank.backends.base import Backend, Score, report_usage
+
+logger = logging.getLogger(__name__)
 
 _FLOAT = struct.Struct("<d")
 
@@ -20,7 +24,8 @@ class ScoreCache:
     """Looks scores up by query, text and everything about the backend that can change a score.
 
     Keys are hexadecimal digests, values 8-byte floats. A value that is no score is a miss. A score with details, such
-    as that of a truncated text, is not kept: the details would be lost.
+    as that of a truncated text, is not kept: the details would be lost. A store that fails costs a warning and its
+    hits, never the ranking.
 
     Args:
         store: Where they are kept.
@@ -34,29 +39,53 @@ class ScoreCache:
         """The scores that are known, by text; may block, and may read the model's files once."""
         if not texts:
             return {}
-        return self._known(texts, self._store.mget(self._keys(query, texts)))
+        keys, values = self._keys(query, texts), None
+        with self._forgiving("read"):
+            values = self._store.mget(keys)
+        return self._known(texts, values)
 
     def put(self, query: str, scores: Mapping[str, float]) -> None:
         """Keep new scores, by text."""
         values = _values(scores)
         if values:
-            self._store.mset(list(zip(self._keys(query, list(values)), values.values(), strict=True)))
+            keys = self._keys(query, list(values))
+            with self._forgiving("write"):
+                self._store.mset(list(zip(keys, values.values(), strict=True)))
 
     async def aget(self, query: str, texts: Sequence[str]) -> dict[str, float]:
         """As `get`, through the store's own asynchronous methods."""
         if not texts:
             return {}
-        return self._known(texts, await self._store.amget(await self._akeys(query, texts)))
+        keys, values = await self._akeys(query, texts), None
+        with self._forgiving("read"):
+            values = await self._store.amget(keys)
+        return self._known(texts, values)
 
     async def aput(self, query: str, scores: Mapping[str, float]) -> None:
         """As `put`, through the store's own asynchronous methods."""
         values = _values(scores)
         if values:
             keys = await self._akeys(query, list(values))
-            await self._store.amset(list(zip(keys, values.values(), strict=True)))
+            with self._forgiving("write"):
+                await self._store.amset(list(zip(keys, values.values(), strict=True)))
 
-    def _known(self, texts: Sequence[str], values: Sequence[bytes | None]) -> dict[str, float]:
-        read = ((text, _score(value)) for text, value in zip(texts, values, strict=True))
+    @contextmanager
+    def _forgiving(self, what: str) -> Iterator[None]:
+        """Make a warning of whatever the store raises: a Redis that is away must not take the search along."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - each store has errors of its own
+            logger.warning(
+                "%s cannot %s scores, and the ranking goes on without it: %s: %s",
+                type(self._store).__name__,
+                what,
+                type(error).__name__,
+                " ".join(str(error).split()),
+            )
+
+    def _known(self, texts: Sequence[str], values: Sequence[bytes | None] | None) -> dict[str, float]:
+        found = [None] * len(texts) if values is None else values
+        read = ((text, _score(value)) for text, value in zip(texts, found, strict=True))
         known = {text: score for text, score in read if score is not None}
         report_usage(cache_hits=len(known), cache_misses=len(texts) - len(known))
         return known

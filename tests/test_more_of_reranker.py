@@ -211,6 +211,23 @@ class TestCache:
         assert rerank.rerank("q", ["a"])[0].score == 0.1
         assert len(rerank.backend._calls) == 2
 
+    async def test_a_store_that_is_down_costs_a_warning_and_not_the_ranking(self, caplog):
+        class Down(InMemoryByteStore):
+            def mget(self, keys):
+                raise ConnectionError("redis://localhost:6379 refused")
+
+            def mset(self, key_value_pairs):
+                raise ConnectionError("redis://localhost:6379 refused")
+
+        rerank = reranker(cache=Down())
+
+        assert texts(rerank.rerank("q", ["a", "b"])) == ["b", "a"]
+        assert texts(await rerank.arerank("q", ["a", "b"])) == ["b", "a"]
+        refused = "ConnectionError: redis://localhost:6379 refused"
+        for what in ("read", "write"):
+            said = f"Down cannot {what} scores, and the ranking goes on without it: {refused}"
+            assert [record.message for record in caplog.records].count(said) == 2
+
     def test_values_are_eight_bytes_under_hexadecimal_keys(self):
         store = InMemoryByteStore()
         reranker(cache=store).rerank("q", ["a"])
