@@ -378,9 +378,16 @@ def test_backends_lists_ours_and_where_they_run():
         "remote",
     ]
     assert listed["embedded"] | {"status": "ready", "runs_on": "cpu"} == listed["embedded"]
-    assert re.fullmatch(r"(cpu|cuda|mps), (float32|bfloat16)", listed["cross-encoder"]["runs_on"])
+    assert re.fullmatch(r"(cpu|cuda|mps), (float32|bfloat16)", listed["monot5"]["runs_on"])
+    assert re.fullmatch(r"(cpu, \w+, openvino|(cuda|mps), \w+, torch)", listed["cross-encoder"]["runs_on"])
+    assert "OpenVINO is installed" in listed["cross-encoder"]["why"] or "cpu" not in listed["cross-encoder"]["runs_on"]
     assert listed["cohere"] | {"status": "ready", "runs_on": ""} == listed["cohere"]
-    assert [name for name, state in listed.items() if state["kind"] == "extra"] == ["qdrant", "eval"]
+    assert [name for name, state in listed.items() if state["kind"] == "extra"] == [
+        "qdrant",
+        "eval",
+        "train",
+        "openvino",
+    ]
 
 
 def test_backends_says_what_to_type_for_what_is_missing_and_loads_nothing():

@@ -13,12 +13,19 @@ from rich.text import Text
 
 from langchain_rerank._cli.terminal import one_line
 from langchain_rerank._optional import missing
+from langchain_rerank._training import NEEDED
+from langchain_rerank.backends._engines import QUANTISING, EncoderBackend, choose
 from langchain_rerank.backends._torch import TorchBackend, pick_device, pick_dtype
 from langchain_rerank.backends.base import Backend
 from langchain_rerank.backends.local import LocalBackend
 from langchain_rerank.factory import backend_class, installed_backends
 
-EXTRAS = {"qdrant": ("langchain_qdrant", "qdrant_client", "Stemmer"), "eval": ("ir_measures",)}
+EXTRAS = {
+    "qdrant": ("langchain_qdrant", "qdrant_client", "Stemmer"),
+    "eval": ("ir_measures",),
+    "train": NEEDED,
+    "openvino": QUANTISING,
+}
 """The extras that are no backend's, and the modules they bring."""
 
 
@@ -31,7 +38,10 @@ class State:
     status: Literal["ready", "missing", "broken"]
 
     runs_on: str = ""
-    """Device and dtype with default options; empty where that is for others to say."""
+    """Device, dtype and engine with default options; empty where that is for others to say."""
+
+    why: str = ""
+    """What decided on them."""
 
     note: str = ""
     """What to type, what went wrong, or which other package it comes from."""
@@ -58,7 +68,8 @@ def _backend_state(name: str, point: EntryPoint) -> State:
         kind = backend_class(name)
         if absent := missing(*kind.requires):
             return State("backend", name, "missing", note=_remedy(kind, absent, origin))
-        return State("backend", name, "ready", runs_on=_runs_on(kind), note=origin)
+        runs_on, why = _runs_on(kind)
+        return State("backend", name, "ready", runs_on=runs_on, why=why, note=origin)
     except Exception as error:  # noqa: BLE001 - a stranger's package may fail in any way, and the others are listed
         what = f"{type(error).__name__}: {one_line(str(error))}"
         return State("backend", name, "broken", note=f"{what} ({origin})" if origin else what)
@@ -81,13 +92,16 @@ def _pip_line(extra: str) -> str:
     return f"pip install 'langchain-rerank[{extra}]'"
 
 
-def _runs_on(kind: type[Backend]) -> str:
-    """Where a backend would compute with its defaults; no model is loaded."""
-    if issubclass(kind, TorchBackend):
-        device = pick_device(kind.model_fields["device"].default)
-        dtype = pick_dtype(kind.model_fields["dtype"].default, device)
-        return f"{device}, {str(dtype).removeprefix('torch.')}"
-    return "cpu" if issubclass(kind, LocalBackend) else ""
+def _runs_on(kind: type[Backend]) -> tuple[str, str]:
+    """Where a backend would compute with its defaults, and what decides on that; no model is loaded."""
+    if not issubclass(kind, TorchBackend):
+        return "cpu" if issubclass(kind, LocalBackend) else "", ""
+    device = pick_device(kind.model_fields["device"].default)
+    if issubclass(kind, EncoderBackend):
+        choice = choose("auto", "auto", device)
+        return f"{device}, {choice.dtype}, {choice.engine}", choice.why
+    dtype = pick_dtype(kind.model_fields["dtype"].default, device)
+    return f"{device}, {str(dtype).removeprefix('torch.')}", ""
 
 
 def print_states(out: Console, listed: Sequence[State]) -> None:
@@ -95,6 +109,7 @@ def print_states(out: Console, listed: Sequence[State]) -> None:
     table = Table(box=None, show_header=False)
     for state in listed:
         name = f"{state.name} (extra)" if state.kind == "extra" else state.name
-        about = "; ".join(part for part in (state.runs_on, state.note) if part)
+        runs_on = f"{state.runs_on} ({state.why})" if state.why else state.runs_on
+        about = "; ".join(part for part in (runs_on, state.note) if part)
         table.add_row(name, Text(state.status, _COLOURS[state.status]), Text(about))
     out.print(table)

@@ -18,8 +18,8 @@ from langchain_rerank.errors import ConfigurationError, ModelLoadError
 if TYPE_CHECKING:
     import torch
 
-Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
-"""A torch dtype by name; `auto` is bfloat16 where the hardware multiplies in it, else float32."""
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+"""A dtype by name; `auto` is bfloat16 where the hardware multiplies in it, else float32; `int8` is for encoders."""
 
 
 class TorchBackend(LocalBackend):
@@ -45,6 +45,9 @@ class TorchBackend(LocalBackend):
 
     without_effect: ClassVar[frozenset[str]] = LocalBackend.without_effect | {"local_files_only", "revision"}
 
+    int8: ClassVar[bool] = False
+    """Whether `dtype="int8"` is for models of this kind."""
+
     _digest: str | None = PrivateAttr(default=None)
     _device: Any = PrivateAttr(default=None)
     _dtype: Any = PrivateAttr(default=None)
@@ -62,6 +65,10 @@ class TorchBackend(LocalBackend):
             raise ConfigurationError("model is empty; give a name on the Hugging Face hub or a folder")
         if self.trust_remote_code and self.revision is None and not Path(self.model).is_dir():
             raise ConfigurationError("trust_remote_code runs the model's own code: pin it with revision='<commit>'")
+        if self.dtype == "int8" and not self.int8:
+            raise ConfigurationError(
+                f"dtype='int8' is for encoders, and {self.model!r} is none; use 'auto', 'bfloat16' or 'float32'"
+            )
         return self
 
     def _pick_device(self) -> None:
@@ -118,9 +125,12 @@ class TorchBackend(LocalBackend):
 
     def fingerprint(self) -> dict[str, Any]:
         """As every backend's, with the kind of device, the dtype and the model's files as they turn out here."""
+        return {**super().fingerprint(), **self._resolved(), "files": self._files_digest()}
+
+    def _resolved(self) -> dict[str, Any]:
+        """What the options that leave a choice turn out to be here."""
         device = pick_device(self.device)
-        resolved = {"device": device.type, "dtype": str(pick_dtype(self.dtype, device)), "files": self._files_digest()}
-        return {**super().fingerprint(), **resolved}
+        return {"device": device.type, "dtype": str(pick_dtype(self.dtype, device))}
 
     def _files_digest(self) -> str:
         """The commit of a model of the hub; of a folder the digest of its files, read once."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import PrivateAttr
 
+from langchain_rerank.backends._engines import EncoderBackend, given_to
 from langchain_rerank.backends._files import ModelFiles
 from langchain_rerank.backends._torch import TorchBackend
 from langchain_rerank.backends.cross_encoder import CrossEncoderBackend
@@ -18,7 +19,7 @@ from langchain_rerank.backends.local import Batch, Encoding, Logits
 from langchain_rerank.errors import ConfigurationError, ModelLoadError
 
 
-class BGEBackend(TorchBackend):
+class BGEBackend(EncoderBackend):
     """Whichever of the three kinds of BGE reranker the model's own config.json says it is.
 
     bge-reranker-base, -large and -v2-m3 are encoders, -v2-gemma is a language model, -v2-minicpm-layerwise a
@@ -44,6 +45,7 @@ class BGEBackend(TorchBackend):
         self._chosen = kind(**self._options(kind))
         self._chosen._load()  # noqa: SLF001 - it stands in for this one
         self._device, self._longest = self._chosen._device, self._chosen._longest  # noqa: SLF001
+        self._choice = getattr(self._chosen, "_choice", None)
 
     def _config(self) -> Mapping[str, Any]:
         """The model's config.json, read as data: nothing that it points to is run."""
@@ -63,7 +65,7 @@ class BGEBackend(TorchBackend):
 
     def _options(self, kind: type[TorchBackend]) -> dict[str, Any]:
         """What was set here, for the backend that was found."""
-        given = {name: getattr(self, name) for name in self.model_fields_set}
+        given = given_to(kind, self)
         foreign = [name for name in given if name not in kind.model_fields and given[name] is not None]
         if foreign:
             raise ConfigurationError(

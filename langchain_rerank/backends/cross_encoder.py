@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from pydantic import PrivateAttr
 
 from langchain_rerank.backends._causal import CausalRerankerBackend, is_described, renders_chat
+from langchain_rerank.backends._engines import EncoderBackend, Network, given_to
 from langchain_rerank.backends._files import ModelFiles
 from langchain_rerank.backends._pairs import encode_pairs
-from langchain_rerank.backends._torch import TorchBackend
 from langchain_rerank.backends.local import Batch, Encoding, Logits
 from langchain_rerank.errors import ConfigurationError, ModelLoadError
 
@@ -18,7 +18,7 @@ _UNSET = 1_000_000
 """A tokenizer that knows no limit says 10**30."""
 
 
-class CrossEncoderBackend(TorchBackend):
+class CrossEncoderBackend(EncoderBackend):
     """Reads query and text together; the score is the sigmoid of the model's one logit.
 
     Any sequence-classification model with one label. Logits are those of FlagEmbedding's `FlagReranker`: the query has
@@ -42,7 +42,9 @@ class CrossEncoderBackend(TorchBackend):
     _chosen: CausalRerankerBackend | None = PrivateAttr(default=None)
     """Stands in for this one where a model has a prompt."""
 
-    _wants_type_ids: bool = PrivateAttr(default=False)
+    _network: Network | None = PrivateAttr(default=None)
+    """Runs the model, by whichever engine."""
+
     _pad: int = PrivateAttr(default=0)
 
     def _load(self) -> None:
@@ -71,7 +73,7 @@ class CrossEncoderBackend(TorchBackend):
 
     def _choose(self) -> None:
         """Leave loading and reading to sentence-transformers."""
-        given = {name: getattr(self, name) for name in self.model_fields_set}
+        given = given_to(CausalRerankerBackend, self)
         self._chosen = CausalRerankerBackend(**{**given, "model": self.model})
         self._chosen._load()  # noqa: SLF001 - it stands in for this one
         self._longest = self._chosen._longest  # noqa: SLF001
@@ -79,12 +81,14 @@ class CrossEncoderBackend(TorchBackend):
     def _load_encoder(self, config: Any, tokenizer: Any) -> None:
         from transformers import AutoModelForSequenceClassification
 
-        with self._loading():
-            model = self._pretrained(AutoModelForSequenceClassification, config)
+        def load() -> Any:
+            with self._loading():
+                return self._pretrained(AutoModelForSequenceClassification, config)
+
         self._set_longest(_longest(config, tokenizer))
         self._wants_type_ids = "token_type_ids" in tokenizer.model_input_names
         self._tokenizer = self._backend_tokenizer(tokenizer)
-        self._model = model.eval().to(self._device)
+        self._network = self._open_network(load)
 
     def _check_described(self, config: Any, files: ModelFiles) -> None:
         if not is_described(files):
@@ -133,15 +137,8 @@ class CrossEncoderBackend(TorchBackend):
         """One padded batch of b pairs, shape (b, t) token ids, to b logits."""
         if self._chosen is not None:
             return self._chosen._forward(batch)  # noqa: SLF001
-        import torch
-
-        inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
-        if self._wants_type_ids:
-            inputs["token_type_ids"] = batch.type_ids
-        with torch.inference_mode():
-            tensors = {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
-            logits: Logits = self._model(**tensors).logits.view(-1).float().cpu().numpy()
-        return logits
+        assert self._network is not None  # noqa: S101 - loaded
+        return self._network(batch)
 
 
 def _architectures(config: Any) -> list[str]:

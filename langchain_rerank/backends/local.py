@@ -1,17 +1,16 @@
-"""What models in this process share: loading once, batching by tokens, one worker, long documents."""
+"""What models in this process share: loading once, batches that callers share, long documents."""
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import logging
 import math
+import os
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PrivateAttr
 
 from langchain_rerank.backends._passages import split_passages
+from langchain_rerank.backends._worker import Job, Scheduler
 from langchain_rerank.backends.base import Backend, Score, clean, report_usage
 from langchain_rerank.errors import BackendError, ModelLoadError
 
@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 Logits: TypeAlias = NDArray[np.floating[Any]]
 """One batch's logits: shape (b,), or (b, k) where a backend reads k of them for each pair."""
+
+Row: TypeAlias = NDArray[np.float64]
+"""One pair's logits: shape (), or (k,)."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class _Piece:
     """A text, or one passage of a long one."""
 
     text: int
+    """Which of all texts of a call."""
+
     encoding: Encoding
     span: tuple[int, int] | None = None
 
@@ -84,10 +89,11 @@ class LocalBackend(Backend):
     """A model in this process: write `_load`, `_encode`, `_forward`, and `_offsets` for long documents.
 
     A score is the sigmoid of the model's one logit, in float64, and does not depend on its neighbours
-    beyond rounding. Calls take turns: one at a time, in one worker thread when awaited.
+    beyond rounding. Concurrent calls share batches, in turn, so that a long one does not hold up a short one; one
+    batch runs at a time, and one call is tokenised at a time meanwhile.
     """
 
-    without_effect: ClassVar[frozenset[str]] = Backend.without_effect | {"batch_size", "batch_tokens"}
+    without_effect: ClassVar[frozenset[str]] = Backend.without_effect | {"batch_size", "batch_tokens", "max_waiting"}
 
     max_length: int = Field(default=512, ge=32)
     """Most tokens of query and passage together, specials included. Only the passage is cut;
@@ -99,6 +105,10 @@ class LocalBackend(Backend):
     batch_tokens: int | None = Field(default=None, ge=1)
     """Most tokens in one batch, padding included. `None` takes what suits the device."""
 
+    max_waiting: int = Field(default=4096, ge=1)
+    """Most pairs that wait for the model, beside those of the largest call. Further calls wait until there is room,
+    and are tokenised then."""
+
     long_documents: Literal["truncate", "max_passage"] = "truncate"
     """What happens to a text that does not fit: cut its end, or score overlapping passages of it and take the best."""
 
@@ -108,8 +118,7 @@ class LocalBackend(Backend):
     return_logits: bool = False
     """Add the raw logit to the metadata, as `relevance_logit`."""
 
-    _lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
-    _worker: ThreadPoolExecutor = PrivateAttr(default_factory=lambda: ThreadPoolExecutor(1, "rerank"))
+    _queues: dict[int, Scheduler[Encoding, Row]] = PrivateAttr(default_factory=dict)
     _loaded: bool = PrivateAttr(default=False)
     _budget: int | None = PrivateAttr(default=None)
     _longest: int | None = PrivateAttr(default=None)
@@ -119,6 +128,17 @@ class LocalBackend(Backend):
     def _limit(self) -> int:
         """`max_length`, or less where the loaded model cannot read that much."""
         return min(self.max_length, self._longest or self.max_length)
+
+    @property
+    def _queue(self) -> Scheduler[Encoding, Row]:
+        """Where callers meet; a forked child has its own, since the parent's threads and locks are not its."""
+        process = os.getpid()
+        return self._queues.get(process) or self._queues.setdefault(process, Scheduler())
+
+    @property
+    def _lock(self) -> threading.Lock:
+        """For loading and tokenising."""
+        return self._queue.door
 
     @abstractmethod
     def _load(self) -> None:
@@ -171,30 +191,28 @@ class LocalBackend(Backend):
         with self._lock:
             self._ensure_loaded()
             encodings = self._encode(clean(query), [clean(text) for text in texts])
-            return [float(np.ravel(row)[-1]) for row in self._run(encodings)]
+        return [float(np.ravel(row)[-1]) for row in self._run(encodings)]
 
     def _score(self, query: str, texts: Sequence[str]) -> list[Score]:
         return self._score_many([(query, texts)])[0]
 
     def _score_many(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[list[Score]]:
-        with self._lock:
-            self._ensure_loaded()
-            pieces = [self._pieces(query, texts) for query, texts in requests]
-            flat = [piece for several in pieces for piece in several]
-            rows = iter(self._run([piece.encoding for piece in flat]))
-            self._report_truncated(flat)
-        return [
-            self._best(several, list(islice(rows, len(several))), len(texts))
-            for several, (_, texts) in zip(pieces, requests, strict=True)
-        ]
+        pieces = self._tokenized(requests)
+        return self._scores(requests, pieces, self._run([piece.encoding for piece in pieces]))
 
     async def _ascore(self, query: str, texts: Sequence[str]) -> list[Score]:
         return (await self._ascore_many([(query, texts)]))[0]
 
     async def _ascore_many(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[list[Score]]:
-        # A worker of its own: waiting callers queue there, and do not use up the loop's default threads.
-        run = contextvars.copy_context().run
-        return await asyncio.get_running_loop().run_in_executor(self._worker, run, self._score_many, requests)
+        pieces: list[_Piece] = []
+
+        def tokenize(answer: Future[list[Row]]) -> Job[Encoding, Row]:
+            pieces.extend(self._tokenized(requests))
+            return self._job([piece.encoding for piece in pieces], answer)
+
+        rows = await self._queue.arun(tokenize)
+        report_usage(tokens=sum(len(piece.encoding.ids) for piece in pieces))
+        return self._scores(requests, pieces, rows)
 
     def _ensure_loaded(self) -> None:
         if not self._loaded:
@@ -209,12 +227,24 @@ class LocalBackend(Backend):
             )
         self._longest = longest
 
-    def _pieces(self, query: str, texts: Sequence[str]) -> list[_Piece]:
+    def _tokenized(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[_Piece]:
+        """The pieces of all requests in one list, when there is room for them in the queue."""
+        pieces: list[_Piece] = []
+        first = 0
+        with self._lock:
+            self._ensure_loaded()
+            self._queue.wait_for_room(self.max_waiting)
+            for query, texts in requests:
+                pieces += self._pieces(query, texts, first)
+                first += len(texts)
+        return pieces
+
+    def _pieces(self, query: str, texts: Sequence[str], first: int = 0) -> list[_Piece]:
         """Each text once, or where it is too long and `max_passage` asks for it, each of its passages."""
         pieces: list[_Piece] = []
-        for index, encoding in enumerate(self._encode(query, texts)):
+        for index, (text, encoding) in enumerate(zip(texts, self._encode(query, texts), strict=True), first):
             if encoding.truncated and self.long_documents == "max_passage":
-                pieces += self._passages(query, texts[index], index, encoding.room)
+                pieces += self._passages(query, text, index, encoding.room)
             else:
                 pieces.append(_Piece(index, encoding))
         return pieces
@@ -232,26 +262,24 @@ class LocalBackend(Backend):
                 pieces.append(_Piece(index, encoding, (start + first, start + last)))
         return pieces
 
-    def _run(self, encodings: Sequence[Encoding]) -> list[NDArray[np.float64]]:
-        """Every pair's logits, in order: longest first, in batches of a bounded number of tokens."""
-        rows: list[NDArray[np.float64]] = [np.empty(0)] * len(encodings)
-        order = sorted(range(len(encodings)), key=lambda index: -len(encodings[index].ids))
-        for indices in self._batches(order, encodings):
-            logits = self._forward_safely(self._collate([encodings[index] for index in indices]))
-            for index, row in zip(indices, logits, strict=True):
-                rows[index] = np.asarray(row, dtype=np.float64)
+    def _run(self, encodings: Sequence[Encoding]) -> list[Row]:
+        """Every pair's logits, in order."""
+        rows = self._queue.run(self._job(encodings))
         report_usage(tokens=sum(len(encoding.ids) for encoding in encodings))
         return rows
 
-    def _batches(self, order: Sequence[int], encodings: Sequence[Encoding]) -> Iterator[list[int]]:
-        """The sorted indices in runs whose padded size stays within the budget; at least one pair each."""
-        start = 0
-        while start < len(order):
-            longest = len(encodings[order[start]].ids)
-            size = max(1, self._token_budget() // max(1, longest))
-            size = min(size, self.batch_size or size)
-            yield list(order[start : start + size])
-            start += size
+    def _job(self, encodings: Sequence[Encoding], answer: Future[list[Row]] | None = None) -> Job[Encoding, Row]:
+        lengths = [len(encoding.ids) for encoding in encodings]
+        return Job(encodings, lengths, self._rows, self._fits, answer)
+
+    def _rows(self, encodings: Sequence[Encoding]) -> list[Row]:
+        """Each pair's logits, of one batch."""
+        return [np.asarray(row, dtype=np.float64) for row in self._forward_safely(self._collate(encodings))]
+
+    def _fits(self, length: int) -> int:
+        """How many pairs of a length a batch may have: as many as the budget allows, and at least one."""
+        size = max(1, self._token_budget() // max(1, length))
+        return min(size, self.batch_size or size)
 
     def _token_budget(self) -> int:
         return self._budget or self.batch_tokens or self._default_batch_tokens()
@@ -285,16 +313,24 @@ class LocalBackend(Backend):
         logger.warning("%s: out of memory; batches hold at most %d tokens from now on", self.name, self._budget)
         return np.concatenate([self._forward_safely(half) for half in batch.halves()])
 
-    def _best(self, pieces: Sequence[_Piece], rows: Sequence[NDArray[np.float64]], count: int) -> list[Score]:
+    def _scores(
+        self, requests: Sequence[tuple[str, Sequence[str]]], pieces: Sequence[_Piece], rows: Sequence[Row]
+    ) -> list[list[Score]]:
+        """Each request's scores."""
+        self._report_truncated(pieces)
+        best, index = self._best(pieces, rows), count()
+        return [[best[text] for text in islice(index, len(texts)) if text in best] for _, texts in requests]
+
+    def _best(self, pieces: Sequence[_Piece], rows: Sequence[Row]) -> dict[int, Score]:
         """Each text's score: its own, or that of its best passage."""
-        best: list[Score | None] = [None] * count
+        best: dict[int, Score] = {}
         for piece, row in zip(pieces, rows, strict=True):
             value, details = self._to_score(row)
-            found = best[piece.text]
+            found = best.get(piece.text)
             # Written so that a NaN wins and is refused above, not hidden by a neighbour.
             if found is None or not value <= found:
                 best[piece.text] = Score(value, {**details, **_about(piece)})
-        return [score for score in best if score is not None]
+        return best
 
     def _cut_query(self, ids: Sequence[int]) -> list[int]:
         """The query's tokens, at most three quarters of `max_length` of them."""

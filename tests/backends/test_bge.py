@@ -22,7 +22,7 @@ KINDS = {"tiny_xlmr": CrossEncoderBackend, "tiny_gemma": LLMBackend, "tiny_minic
 
 
 def bge(folder, **options):
-    return BGEBackend(**{"model": str(folder), "device": "cpu", "dtype": "float32"} | options)
+    return BGEBackend(**{"model": str(folder), "device": "cpu", "engine": "torch", "dtype": "float32"} | options)
 
 
 @pytest.fixture(params=KINDS)

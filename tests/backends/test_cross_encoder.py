@@ -18,7 +18,7 @@ LONG = ["Mars is a planet and it is red. " * 40, "Jupiter " * 300, "one two thre
 
 
 def cross_encoder(model, **options):
-    return CrossEncoderBackend(model=model, **{"device": "cpu", "dtype": "float32", **options})
+    return CrossEncoderBackend(model=model, **{"device": "cpu", "engine": "torch", "dtype": "float32", **options})
 
 
 class TestCrossEncoder(BackendTests):

@@ -1,11 +1,9 @@
 import asyncio
 import copy
-import gc
 import logging
 import math
 import threading
 import time
-import weakref
 
 import numpy as np
 import pytest
@@ -245,19 +243,6 @@ async def test_callers_take_turns_in_the_model():
 
     assert scores == [[sigmoid(i % 3 + 1)] for i in range(12)]
     assert len(backend._loads) == 1
-
-
-async def test_no_thread_stays_when_a_backend_goes():
-    backend = Words()
-    await backend.ascore("q", ["gold"])
-    worker = next(iter(backend._worker._threads))
-    reference = weakref.ref(backend)
-    del backend
-    gc.collect()
-    worker.join(timeout=5)
-
-    assert reference() is None
-    assert not worker.is_alive()
 
 
 def test_a_copy_has_its_own_lock_and_nothing_loaded():

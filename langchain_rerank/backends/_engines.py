@@ -1,0 +1,327 @@
+"""What runs an encoder's network, token ids in and logits out: PyTorch, OpenVINO or ONNX Runtime."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, cast
+
+from pydantic import Field, PrivateAttr, model_validator
+from typing_extensions import Self
+
+from langchain_rerank._optional import missing, require
+from langchain_rerank.backends._engines_cache import open_converted
+from langchain_rerank.backends._engines_torch import PackedNetwork, TorchNetwork
+from langchain_rerank.backends._files import ModelFiles
+from langchain_rerank.backends._torch import Dtype, TorchBackend, pick_device, pick_dtype
+from langchain_rerank.backends.local import Batch, Logits
+from langchain_rerank.errors import ConfigurationError, ModelLoadError, RerankError
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+Engine: TypeAlias = Literal["auto", "torch", "openvino", "onnxruntime"]
+"""An engine by name; `auto` is the fastest that is installed, for a model that it is known to convert."""
+
+Network: TypeAlias = Callable[[Batch], Logits]
+"""A padded batch of b pairs, shape (b, t) token ids, to b logits."""
+
+CONVERTIBLE = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra"})
+"""Values of `model_type` in config.json that `auto` converts: the tests compare each with PyTorch."""
+
+OPENVINO = ("openvino",)
+QUANTISING = ("openvino", "nncf")
+EXPORTING = ("onnxscript",)
+"""What must be installed to convert a model, by engine; ONNX Runtime itself always is."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine and a dtype, settled."""
+
+    engine: Literal["torch", "openvino", "onnxruntime"]
+
+    dtype: Literal["float32", "bfloat16", "float16", "int8"]
+
+    why: str
+    """For people, in a few words."""
+
+
+def choose(
+    engine: Engine, dtype: Dtype, device: torch.device, *, model_type: str | None = None, as_it_is: str = ""
+) -> Choice:
+    """Settle engine and dtype for a device.
+
+    Args:
+        engine: What was asked for.
+        dtype: What was asked for.
+        device: Where to compute; engines other than PyTorch run on a CPU.
+        model_type: That of the model's config.json; `None` where no model is named yet.
+        as_it_is: Why `auto` must not convert the model; empty: it may.
+
+    Raises:
+        ConfigurationError: They do not go together, or not with this device.
+        MissingDependencyError: The engine asked for is not installed.
+    """
+    if device.type != "cpu":
+        if engine in ("openvino", "onnxruntime") or dtype == "int8":
+            raise ConfigurationError(
+                f"engine={engine!r} with dtype={dtype!r} runs on a CPU, not on {device.type!r}; "
+                "use device='cpu', or engine='torch' with another dtype"
+            )
+        return _in_torch(dtype, device, f"PyTorch is the engine for {device.type}")
+    if dtype == "int8":
+        return _in_int8(engine)
+    if engine == "auto":
+        return _fastest(dtype, device, model_type, as_it_is)
+    if engine == "openvino":
+        require(*OPENVINO, extra="openvino")
+        return Choice("openvino", _name(pick_dtype(dtype, device)), _about_dtype(dtype, device))
+    if engine == "onnxruntime":
+        return _in_onnxruntime(dtype)
+    return _in_torch(dtype, device, _about_dtype(dtype, device))
+
+
+def _in_torch(dtype: Dtype, device: torch.device, why: str) -> Choice:
+    return Choice("torch", _name(pick_dtype(dtype, device)), why)
+
+
+def _in_int8(engine: Engine) -> Choice:
+    if engine not in ("auto", "openvino"):
+        raise ConfigurationError(f"dtype='int8' is for engine='openvino', not for engine={engine!r}")
+    require(*QUANTISING, extra="openvino")
+    return Choice("openvino", "int8", "OpenVINO computes in int8")
+
+
+def _in_onnxruntime(dtype: Dtype) -> Choice:
+    if dtype not in ("auto", "float32"):
+        raise ConfigurationError(f"engine='onnxruntime' computes in float32, not in {dtype!r}; use engine='openvino'")
+    require(*EXPORTING, extra="train")
+    return Choice("onnxruntime", "float32", "ONNX Runtime computes in float32")
+
+
+def _fastest(dtype: Dtype, device: torch.device, model_type: str | None, as_it_is: str) -> Choice:
+    """In the order that was measured: OpenVINO, then PyTorch in bfloat16, then ONNX Runtime, then PyTorch."""
+    if model_type is not None and model_type not in CONVERTIBLE:
+        as_it_is = as_it_is or f"{model_type!r} is not among the model types that are converted by default"
+    if as_it_is:
+        return _in_torch(dtype, device, as_it_is)
+    settled, why = _name(pick_dtype(dtype, device)), _about_dtype(dtype, device)
+    if not missing(*OPENVINO):
+        return Choice("openvino", settled, f"OpenVINO is installed, {why}")
+    if settled == "float32" and not missing(*EXPORTING):
+        return Choice("onnxruntime", settled, f"onnxscript is installed, OpenVINO is not, {why}")
+    return Choice("torch", settled, f"OpenVINO is not installed, {why}")
+
+
+def _about_dtype(dtype: Dtype, device: torch.device) -> str:
+    if dtype != "auto":
+        return f"{dtype} was asked for"
+    able = _name(pick_dtype("auto", device)) == "bfloat16"
+    return f"this CPU {'multiplies' if able else 'does not multiply'} in bfloat16"
+
+
+def _name(dtype: torch.dtype) -> Literal["float32", "bfloat16", "float16"]:
+    return cast('Literal["float32", "bfloat16", "float16"]', str(dtype).removeprefix("torch."))
+
+
+class EncoderBackend(TorchBackend):
+    """A model that is, or may turn out to be, an encoder with one logit, which other engines than PyTorch run too."""
+
+    int8: ClassVar[bool] = True
+
+    engine: Engine = "auto"
+    """What runs the network. `auto` is OpenVINO on a CPU, where it is installed and converts this type of model, and
+    else the fastest of what there is."""
+
+    calibration: tuple[tuple[str, str], ...] | Path | None = Field(default=None, repr=False)
+    """For `dtype="int8"`: pairs of a query and a text, or a JSONL file with `query` and `text` on each line. 100 to
+    300 pairs such as yours are enough; the log says how much they change."""
+
+    padding_free: bool = False
+    """Run pairs of different lengths without padding, in PyTorch. Unmeasured on CUDA so far."""
+
+    without_effect: ClassVar[frozenset[str]] = TorchBackend.without_effect | {"padding_free"}
+
+    _choice: Choice | None = PrivateAttr(default=None)
+    _wants_type_ids: bool = PrivateAttr(default=False)
+
+    @model_validator(mode="after")
+    def _calibrated(self) -> Self:
+        if self.dtype == "int8" and not self.calibration:
+            raise ConfigurationError(
+                "dtype='int8' is calibrated on texts such as yours; give calibration=[(query, text), ...] or a JSONL "
+                "file with query and text on each line"
+            )
+        if self.calibration and self.dtype != "int8":
+            raise ConfigurationError(f"calibration is for dtype='int8', not for dtype={self.dtype!r}; leave it out")
+        return self
+
+    def _pick_device(self) -> None:
+        """Settle device, engine and dtype; for the beginning of `_load`."""
+        import torch
+
+        self._choice = self._choose_engine()
+        self._device = self._wanted_device()
+        # What another engine computes in is its own business: it converts the model in float32.
+        self._dtype = getattr(torch, self._choice.dtype) if self._choice.engine == "torch" else torch.float32
+
+    def _wanted_device(self) -> torch.device:
+        on_cpu = self.engine in ("openvino", "onnxruntime") or self.dtype == "int8"
+        return pick_device("cpu" if self.device is None and on_cpu else self.device)
+
+    def _choose_engine(self) -> Choice:
+        device = self._wanted_device()
+        if device.type != "cpu" or self.engine == "torch":
+            return choose(self.engine, self.dtype, device)
+        config = self._described()
+        architectures = config.get("architectures") or []
+        if config and not any(name.endswith("ForSequenceClassification") for name in architectures):
+            if self.engine != "auto" or self.dtype == "int8":
+                raise ConfigurationError(
+                    f"engine={self.engine!r} with dtype={self.dtype!r} is for encoders, and {self.model!r} is "
+                    f"{', '.join(architectures) or 'of no named architecture'}; leave them out"
+                )
+            return choose("torch", self.dtype, device)
+        return choose(
+            self.engine, self.dtype, device, model_type=config.get("model_type", ""), as_it_is=self._as_it_is()
+        )
+
+    def _open_network(self, load: Callable[[], Any]) -> Network:
+        """The network of the engine that was chosen.
+
+        Args:
+            load: Gives the model of transformers; not called where a conversion of it is on disk.
+        """
+        assert self._choice is not None  # noqa: S101 - `_pick_device` was called
+        if self._choice.engine != "torch":
+            try:
+                return self._converted(self._choice, load)
+            except RerankError:
+                raise
+            except Exception as error:  # noqa: BLE001 - engines raise what they like
+                self._fall_back(error)
+        self._model = load()
+        kind = PackedNetwork if self.padding_free else TorchNetwork
+        return kind(self._model, self._device, wants_type_ids=self._wants_type_ids)
+
+    def _fall_back(self, error: Exception) -> None:
+        """Take PyTorch, where the engine was not asked for by name."""
+        assert self._choice is not None  # noqa: S101 - an engine was tried
+        reason = " ".join(str(error).split())
+        if self.engine != "auto" or self.dtype == "int8":
+            raise ModelLoadError(
+                f"{self.model!r} cannot be converted for {self._choice.engine} ({reason}); "
+                "engine='torch' runs it as it is"
+            ) from error
+        logger.warning("%s cannot be converted for %s and runs in PyTorch: %s", self.model, self._choice.engine, reason)
+        self._choice = replace(choose("torch", self.dtype, self._device), why="the conversion failed")
+        self._dtype = pick_dtype(self.dtype, self._device)
+
+    def _converted(self, choice: Choice, load: Callable[[], Any]) -> Network:
+        import torch
+
+        from langchain_rerank.backends import _engines_onnx as onnx
+        from langchain_rerank.backends import _engines_openvino as openvino
+        from langchain_rerank.backends._engines_convert import Convertible
+
+        def write(folder: Path) -> None:
+            network = Convertible(load(), wants_type_ids=self._wants_type_ids)
+            if choice.engine == "onnxruntime":
+                onnx.export(network, folder)
+            else:
+                openvino.convert(network, folder, calibration=self._calibration_batches())
+
+        def read(folder: Path) -> Network:
+            threads = torch.get_num_threads()
+            if choice.engine == "onnxruntime":
+                return onnx.ONNXNetwork(folder, threads=threads)
+            return openvino.OpenVINONetwork(folder, dtype=choice.dtype, threads=threads)
+
+        return open_converted(self._conversion_key(choice), write, read)
+
+    def _conversion_key(self, choice: Choice) -> dict[str, Any]:
+        """All that a conversion depends on. Weights in float32 serve bfloat16 too."""
+        libraries = ["torch", "transformers", *({"openvino": OPENVINO, "onnxruntime": EXPORTING}[choice.engine])]
+        key: dict[str, Any] = {"engine": choice.engine, "weights": "float32"}
+        if choice.dtype == "int8":
+            libraries.append("nncf")
+            key |= {"weights": "int8", "calibration": self._calibration_digest(), "max_length": self._limit}
+        return {
+            **key,
+            "model": "" if Path(self.model).is_dir() else self.model,
+            "files": self._files_digest(),
+            "model_kwargs": repr(sorted(self.model_kwargs.items())),
+            "versions": {name: version(name) for name in libraries},
+        }
+
+    def _calibration_batches(self) -> list[Batch]:
+        """The calibration pairs as they would be scored."""
+        encodings = [self._encode(query, [text])[0] for query, text in self._calibration_pairs()]
+        encodings.sort(key=lambda encoding: -len(encoding.ids))
+        batches = []
+        while encodings:
+            size = self._fits(len(encodings[0].ids))
+            batches.append(self._collate(encodings[:size]))
+            encodings = encodings[size:]
+        return batches
+
+    def _as_it_is(self) -> str:
+        """Why `auto` leaves this model to PyTorch."""
+        if self.padding_free:
+            return "padding_free is for PyTorch"
+        if self.model_kwargs:
+            return "model_kwargs may ask for anything of PyTorch"
+        return "the model brings code of its own" if self.trust_remote_code else ""
+
+    def _described(self) -> Mapping[str, Any]:
+        """The model's config.json, read as data; empty where there is none, which loading will say."""
+        with self._loading():
+            files = ModelFiles(self.model, self.revision or "main", self.local_files_only)
+            return files.read_json("config.json") or {}
+
+    def _resolved(self) -> dict[str, Any]:
+        choice = self._choice or self._choose_engine()
+        resolved = {"device": self._wanted_device().type, "engine": choice.engine, "dtype": choice.dtype}
+        return {**resolved, "calibration": self._calibration_digest()} if self.calibration else resolved
+
+    def _calibration_pairs(self) -> Sequence[tuple[str, str]]:
+        if not isinstance(self.calibration, Path):
+            return self.calibration or ()
+        try:
+            lines = self.calibration.read_text(encoding="utf-8").splitlines()
+            return [(str(pair["query"]), str(pair["text"])) for pair in map(json.loads, filter(str.strip, lines))]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"calibration={str(self.calibration)!r} cannot be read ({type(error).__name__}: {error}); "
+                'each line must be JSON such as {"query": "...", "text": "..."}'
+            ) from error
+
+    def _calibration_digest(self) -> str:
+        return hashlib.sha256(json.dumps(self._calibration_pairs()).encode()).hexdigest()
+
+
+def given_to(kind: type[TorchBackend], backend: EncoderBackend) -> dict[str, Any]:
+    """The options that were set on a backend, for one of another kind that stands in for it.
+
+    What only encoders have is left out where it asks for nothing.
+
+    Raises:
+        ConfigurationError: It asks for something.
+    """
+    given = {name: getattr(backend, name) for name in backend.model_fields_set}
+    foreign = (EncoderBackend.model_fields.keys() - TorchBackend.model_fields.keys()) - kind.model_fields.keys()
+    for name in sorted(foreign & given.keys()):
+        if given.pop(name) not in (None, False, "auto", "torch"):
+            raise ConfigurationError(
+                f"{name}={getattr(backend, name)!r} is for encoders, and {backend.model!r} is none "
+                f"({kind.__name__.removesuffix('Backend')}); leave it out"
+            )
+    return given

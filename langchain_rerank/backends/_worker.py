@@ -1,0 +1,338 @@
+"""Callers of one model share its batches: a fair queue, and the threads that work it off."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import threading
+import weakref
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from typing import Generic, TypeVar
+
+P = TypeVar("P")
+"""A tokenised pair."""
+
+R = TypeVar("R")
+"""What the model says of one pair."""
+
+IDLE = 1.0
+"""Seconds without a call after which a thread ends; starting another takes a fraction of a millisecond."""
+
+PATIENCE = 10.0
+"""Most seconds that the interpreter's exit waits for a batch that is running."""
+
+SIMILAR = 0.75
+"""Other callers' pairs join a batch if they are at least this long, the longest being 1: padding costs as tokens do."""
+
+
+class Job(Generic[P, R]):
+    """One caller's pairs, longest first.
+
+    Args:
+        pairs: n tokenised pairs.
+        lengths: How many tokens each has.
+        forward: The model: some pairs in, as many rows out.
+        fits: How many pairs of a length fit into one batch, at least 1.
+        answer: Gets n rows, or the error; cancelled, it takes the pairs out of the queue.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[P],
+        lengths: Sequence[int],
+        forward: Callable[[list[P]], Sequence[R]],
+        fits: Callable[[int], int],
+        answer: Future[list[R]] | None = None,
+    ) -> None:
+        self.pairs, self.forward, self.fits = pairs, forward, fits
+        self.answer: Future[list[R]] = Future() if answer is None else answer
+        self.context = contextvars.copy_context()
+        self.alone = False
+        self.due = 0
+        self._length = lengths.__getitem__
+        self._waiting = sorted(range(len(pairs)), key=self._length)
+        self._rows: dict[int, R] = {}
+
+    def length(self, taken: Iterable[int]) -> int:
+        """How many tokens some pairs have together."""
+        return sum(map(self._length, taken))
+
+    @property
+    def open(self) -> int:
+        """How many pairs have no row yet."""
+        return len(self.pairs) - len(self._rows)
+
+    def longest(self) -> int:
+        """The length of the longest pair that waits."""
+        return self._length(self._waiting[-1])
+
+    def take(self, room: int, width: int, least: float) -> list[int]:
+        """At most `room` of the longest pairs that have `least` to `width` tokens."""
+        end = bisect_right(self._waiting, width, key=self._length)
+        start = max(end - room, bisect_left(self._waiting, least, hi=end, key=self._length))
+        taken = self._waiting[start:end]
+        del self._waiting[start:end]
+        return taken
+
+    def put_back(self, taken: Sequence[int]) -> None:
+        """Let pairs wait again, from now on in batches of their own: one caller's pair may have failed the others'."""
+        self._waiting = sorted([*self._waiting, *taken], key=self._length)
+        self.alone = True
+
+    def deliver(self, taken: Sequence[int], rows: Sequence[R]) -> None:
+        """Keep what the model said of some pairs; with the last of them, answer."""
+        self._rows.update(zip(taken, rows, strict=True))
+        if not self.open:
+            with suppress(InvalidStateError):  # cancelled meanwhile
+                self.answer.set_result([self._rows[index] for index in range(len(self.pairs))])
+
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error."""
+        with suppress(InvalidStateError):
+            self.answer.set_exception(error)
+
+
+class Scheduler(Generic[P, R]):
+    """The queue of one model, and who works it off.
+
+    One thread at a time drives the model. A caller who can block and finds nobody driving drives its own batches, in
+    its own thread; everything else is driven by a thread that ends when it has been idle.
+
+    A batch is led by the caller who is due first, which is when as many tokens have been read since it came as it has
+    itself. So calls of one size are answered in the order in which they came, a small one goes before what is left of
+    a large one, and that is not put off for ever: who comes when it is due goes behind it. The leader's longest pair
+    sets the batch's width; the room goes first to its pairs of about that length, then to the others', then to its
+    shorter ones. A caller who is alone thus gets its pairs in one sorted run.
+    """
+
+    def __init__(self) -> None:
+        self.door = threading.Lock()
+        """For loading and tokenising: one caller at a time, while the model may be running another's batch."""
+        self._changed = threading.Condition()
+        self._jobs: list[Job[P, R]] = []
+        self._read = 0
+        self._driven = False
+        # At the exit the later one ends first: nothing may be queued up for a driver that has ended.
+        self._driving = IdleThread("rerank", self._changed)
+        self._tokenizing = IdleThread("rerank-tokenize", self._changed)
+
+    def wait_for_room(self, most: int) -> None:
+        """Wait until fewer than `most` pairs are in the queue, beside those of the largest job."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._beside_largest() < most or self._tokenizing.ending)
+
+    def _beside_largest(self) -> int:
+        still_open = [job.open for job in self._jobs]
+        return sum(still_open) - max(still_open, default=0)
+
+    def run(self, job: Job[P, R]) -> list[R]:
+        """Every pair's row, in order; runs batches in this thread where nobody else does.
+
+        Raises:
+            Exception: What the model raised for these pairs.
+        """
+        try:
+            if self._enqueue(job):
+                self._drive(job)
+            return job.answer.result()
+        finally:
+            job.answer.cancel()  # of no effect if there is an answer
+            del job  # an error's traceback holds this frame, and the job holds the error
+
+    async def arun(self, make: Callable[[Future[list[R]]], Job[P, R]]) -> list[R]:
+        """As `run`, without blocking the event loop.
+
+        Args:
+            make: Called in a thread, in this context: tokenises, and returns a job with the answer that it is given.
+        """
+        answer: Future[list[R]] = Future()
+        self._tokenizing.call(partial(contextvars.copy_context().run, self._make, make, answer))
+        try:
+            return await asyncio.wrap_future(answer)
+        finally:
+            answer.cancel()
+
+    def _make(self, make: Callable[[Future[list[R]]], Job[P, R]], answer: Future[list[R]]) -> None:
+        if answer.cancelled():
+            return
+        try:
+            if self._enqueue(make(answer)):
+                self._hand_over()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is the caller's
+            with suppress(InvalidStateError):
+                answer.set_exception(error)
+
+    def _enqueue(self, job: Job[P, R]) -> bool:
+        """Queue a job up; whether somebody has to begin driving."""
+        if not job.open:
+            job.deliver([], [])
+        job.answer.add_done_callback(self._drop)
+        with self._changed:
+            if job.answer.done():
+                return False
+            job.due = self._read + job.length(range(len(job.pairs)))
+            self._jobs = sorted([*self._jobs, job], key=lambda job: job.due)
+            driven, self._driven = self._driven, True
+            return not driven
+
+    def _drop(self, answer: Future[list[R]]) -> None:
+        with self._changed:
+            self._jobs = [job for job in self._jobs if job.answer is not answer]
+            self._changed.notify_all()
+
+    def _drive(self, own: Job[P, R] | None = None) -> None:
+        """Run batches, a caller until its own job is done, the thread until there is none."""
+        try:
+            while not own.answer.done() if own else self._jobs and not self._driving.ending:
+                self._step(interruptible=own is not None)
+        finally:
+            if own:
+                own.answer.cancel()  # of no effect unless this thread was interrupted
+            del own  # as in `run`
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._driven = left = bool(self._jobs) and not self._driving.ending
+        if left:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        try:
+            self._driving.call(self._drive)
+        except RuntimeError:  # no thread can be started, for one when the interpreter is about to exit
+            self._drive()
+
+    def _step(self, *, interruptible: bool) -> None:
+        """Run one batch. If it fails, only the caller concerned does; an interruption is for the caller who drives."""
+        shares: list[tuple[Job[P, R], list[int]]] = []
+        try:
+            with self._changed:
+                self._fill(shares)
+                self._changed.notify_all()
+            self._run(shares)
+        except BaseException as error:
+            interrupted = interruptible and not isinstance(error, Exception)
+            self._failed(shares, error, interrupted=interrupted)
+            if interrupted:
+                raise
+        finally:
+            shares.clear()  # the error's traceback holds this frame
+
+    def _run(self, shares: Sequence[tuple[Job[P, R], list[int]]]) -> None:
+        """Run the model in its leader's context, as if that had called it."""
+        pairs = [job.pairs[index] for job, taken in shares for index in taken]
+        if pairs:
+            rows = shares[0][0].context.run(shares[0][0].forward, pairs)
+            checked = iter([row for _, row in zip(pairs, rows, strict=True)])
+            for job, taken in shares:
+                job.deliver(taken, list(islice(checked, len(taken))))
+
+    def _fill(self, shares: list[tuple[Job[P, R], list[int]]]) -> None:
+        """Choose the pairs of one batch; the first share is the leader's."""
+        if not self._jobs:
+            return
+        leader, *others = self._jobs
+        shares.append((leader, []))
+        others = [job for job in others if not (job.alone or leader.alone)]
+        width = leader.longest()
+        room, near = leader.fits(width), SIMILAR * width
+        for job, least in [(leader, near), *((job, near) for job in others), (leader, 0.0)]:
+            taken = job.take(room, width, least)
+            room -= len(taken)
+            self._read += job.length(taken)
+            if taken:
+                shares.append((job, taken))
+
+    def _failed(
+        self, shares: Sequence[tuple[Job[P, R], list[int]]], error: BaseException, *, interrupted: bool
+    ) -> None:
+        """A failure in a batch of one caller is its own; in a mixed one it may be anyone's: each tries again alone."""
+        jobs = {job for job, _ in shares}
+        if len(jobs) == 1 and not interrupted:
+            jobs.pop().fail(error)
+            return
+        with self._changed:
+            for job, taken in shares:
+                job.put_back(taken)
+
+
+class IdleThread:
+    """Makes calls one after another, in a thread that is there only while there are some.
+
+    It ends after `IDLE` seconds without a call, when this object goes, and at the interpreter's exit after the call
+    that is running. Calls must not raise.
+
+    Args:
+        name: The thread's name.
+        changed: Guards the calls, and is notified when there are any.
+    """
+
+    def __init__(self, name: str, changed: threading.Condition) -> None:
+        self._calls = _Calls(name, changed)
+        weakref.finalize(self, self._calls.end)
+
+    @property
+    def ending(self) -> bool:
+        """Whether the thread has been told to end."""
+        return self._calls.ending
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Have a function called.
+
+        Raises:
+            RuntimeError: No thread can be started.
+        """
+        self._calls.add(function)
+
+
+class _Calls:
+    """What an `IdleThread` and its thread share, so that the thread does not keep the object alive."""
+
+    def __init__(self, name: str, changed: threading.Condition) -> None:
+        self.ending = False
+        self._name, self._changed, self._process = name, changed, os.getpid()
+        self._waiting: deque[Callable[[], object]] = deque()
+        self._thread: threading.Thread | None = None
+
+    def add(self, function: Callable[[], object]) -> None:
+        with self._changed:
+            self.ending = False
+            if self._thread is None:
+                # A daemon, since the interpreter's exit would wait for any other until it has idled enough.
+                thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+                thread.start()
+                self._thread = thread
+            self._waiting.append(function)
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Tell the thread to end and wait for it; called by the garbage collector, in any thread, or at the exit."""
+        if self._process != os.getpid():
+            return  # a forked child: the thread is the parent's, and the lock may be held for ever
+        with self._changed:  # re-entrant: this thread may hold it already
+            self.ending = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(PATIENCE)
+
+    def _work(self) -> None:
+        while (function := self._next()) is not None:
+            function()
+            del function  # while idle it would keep the model alive
+
+    def _next(self) -> Callable[[], object] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self.ending, IDLE)
+            if self._waiting and not self.ending:
+                return self._waiting.popleft()
+            self._thread = None
+            return None
