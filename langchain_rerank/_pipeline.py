@@ -49,6 +49,8 @@ def read_pipeline(spec: str | Path | Mapping[str, Any] | None) -> dict[str, Any]
         raise ConfigurationError(
             f"{spec!s} is no pipeline, which is a mapping with 'retriever' and 'reranker', or a YAML file with these"
         )
+    if "backend" in content:
+        raise ConfigurationError("This describes a reranker, not a pipeline: in a pipeline it stands below 'reranker:'")
     refuse_unknown("a pipeline", content, _NAMES)
     if content.get("retriever") is None:
         raise ConfigurationError("The pipeline has no retriever; give at least 'retriever: qdrant'")

@@ -65,7 +65,10 @@ def init_reranker(spec: Spec | None = None, /, **options: Any) -> Reranker:
         return _reranker(spec.backend, {**{name: getattr(spec, name) for name in _reranker_options()}, **options})
     if isinstance(spec, list | tuple):
         return _cascade(spec, options)
-    merged = _with_model({key: expand(value) for key, value in {**_mapping(spec), **options}.items()})
+    given = {**_mapping(spec), **options}
+    if "retriever" in given:
+        raise ConfigurationError("This describes a pipeline, not a reranker: give it to create_rerank_retriever")
+    merged = _with_model({key: expand(value) for key, value in given.items()})
     name = merged.pop("backend", None) or DEFAULT_BACKEND
     return _build(str(name), merged)
 

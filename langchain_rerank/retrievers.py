@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from inspect import signature
@@ -14,7 +15,7 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.retrievers import BaseRetriever, LangSmithRetrieverParams, RetrieverLike
 from langchain_core.runnables import Runnable, run_in_executor
-from langchain_core.vectorstores import VectorStore
+from langchain_core.vectorstores import VectorStore, VectorStoreRetriever
 from pydantic import ConfigDict, Field, ValidationError
 
 from langchain_rerank._optional import require
@@ -43,6 +44,8 @@ _NAMED = 3
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_K = 50
 """How many documents the first stage fetches."""
@@ -153,7 +156,7 @@ class QdrantRetriever(ScoredRetriever):
     def add_documents(
         self, documents: Iterable[Document | str | None], *, batch_size: int = 64, progress: bool = True
     ) -> list[str]:
-        """Write documents, over those with the same ids.
+        """Write documents, over those with the same ids, text and metadata alike.
 
         Only a new or changed text is embedded. A document whose metadata alone changed keeps its vectors; one that is
         there as it stands is left alone. The id may be the caller's own or, of a document that had none, the one it
@@ -165,7 +168,7 @@ class QdrantRetriever(ScoredRetriever):
             progress: Show a bar, if there are several batches and standard error is a terminal.
 
         Returns:
-            The id of each distinct point.
+            The id of each distinct point, which is Qdrant's and not the document's own; `delete_documents` takes both.
 
         Raises:
             CollectionMismatchError: The collection also has vectors that this retriever does not make. Nothing was
@@ -186,7 +189,7 @@ class QdrantRetriever(ScoredRetriever):
             progress: Show a bar, if there are several batches and standard error is a terminal.
 
         Returns:
-            The id of each distinct point.
+            The id of each distinct point, which is Qdrant's and not the document's own; `delete_documents` takes both.
 
         Raises:
             ConfigurationError: A document has no id. Nothing was written.
@@ -460,6 +463,9 @@ class RerankRetriever(ContextualCompressionRetriever):
     k: int | None = Field(default=None, ge=1)
     """How many documents to rank. `None` leaves it to the base retriever."""
 
+    filter: Any = None
+    """Which documents to look at, as the vector store takes it; `None` leaves it to the base retriever."""
+
     def _get_relevant_documents(
         self,
         query: str,
@@ -500,7 +506,7 @@ class RerankRetriever(ContextualCompressionRetriever):
 
     def _search_options(self, k: int | None, chosen: Any, unknown: Mapping[str, Any]) -> dict[str, Any]:
         _refuse(unknown, "k", "top_n", "filter")
-        given = {"k": self.k if k is None else k, "filter": chosen}
+        given = {"k": self.k if k is None else k, "filter": self.filter if chosen is None else chosen}
         return _for_search(self.base_retriever, {name: value for name, value in given.items() if value is not None})
 
     def _keep(self, top_n: int | Keep | None) -> int | None:
@@ -535,6 +541,7 @@ def create_rerank_retriever(
     *,
     k: int | None = None,
     top_n: int | None = None,
+    filter: Any = None,  # noqa: A002  # LangChain's name
 ) -> RerankRetriever:
     """Put a reranker behind a retriever.
 
@@ -551,6 +558,8 @@ def create_rerank_retriever(
         k: How many candidates to fetch, 50 if not given. Only for vector stores and the retrievers of this package;
             others decide it themselves.
         top_n: How many documents to keep. Not given: the pipeline's `top_n`, else the reranker's own, else 5.
+        filter: Which documents to look at, as the vector store takes it; a call may bring another. For the same
+            retrievers as `k`.
 
     Returns:
         The retriever. Its `invoke` takes `top_n` for one call, and `k` and `filter` where the first stage does.
@@ -569,28 +578,38 @@ def create_rerank_retriever(
     """
     _check_numbers(k, top_n)
     if retriever is None or isinstance(retriever, str | Path | Mapping):
-        return _from_pipeline(read_pipeline(retriever), reranker, k=k, top_n=top_n)
-    return _joined(retriever, _compressor(reranker), k=k, top_n=top_n)
+        return _from_pipeline(read_pipeline(retriever), reranker, k=k, top_n=top_n, chosen=filter)
+    return _joined(retriever, _compressor(reranker), k=k, top_n=top_n, chosen=filter)
 
 
 def _compressor(reranker: Any) -> BaseDocumentCompressor:
     return reranker if isinstance(reranker, BaseDocumentCompressor) else init_reranker(reranker)
 
 
-def _joined(retriever: Any, compressor: BaseDocumentCompressor, *, k: int | None, top_n: int | None) -> RerankRetriever:
+def _joined(
+    retriever: Any, compressor: BaseDocumentCompressor, *, k: int | None, top_n: int | None, chosen: Any
+) -> RerankRetriever:
     if isinstance(retriever, VectorStore):
-        recall: RetrieverLike = ScoredRetriever(vectorstore=retriever, k=DEFAULT_K if k is None else k)
+        recall: RetrieverLike = ScoredRetriever(vectorstore=retriever, k=DEFAULT_K if k is None else k, filter=chosen)
         return RerankRetriever(base_retriever=recall, base_compressor=compressor, top_n=top_n)
     if not isinstance(retriever, Runnable):
         raise ConfigurationError(
             f"retriever is a {type(retriever).__name__}, not a LangChain retriever or vector store"
         )
-    if k is not None:
-        _for_search(retriever, {"k": k})
-    return RerankRetriever(base_retriever=retriever, base_compressor=compressor, top_n=top_n, k=k)
+    given = {"k": k, "filter": chosen}
+    _for_search(retriever, {name: value for name, value in given.items() if value is not None})
+    if isinstance(retriever, VectorStoreRetriever) and "k" not in retriever.search_kwargs:
+        logger.warning(
+            "The vector store's retriever says no k, and LangChain's default is 4: there is little to rank. Give "
+            "create_rerank_retriever the vector store itself, or search_kwargs={'k': %s}",
+            DEFAULT_K,
+        )
+    return RerankRetriever(base_retriever=retriever, base_compressor=compressor, top_n=top_n, k=k, filter=chosen)
 
 
-def _from_pipeline(pipeline: Mapping[str, Any], reranker: Any, *, k: int | None, top_n: int | None) -> RerankRetriever:
+def _from_pipeline(
+    pipeline: Mapping[str, Any], reranker: Any, *, k: int | None, top_n: int | None, chosen: Any
+) -> RerankRetriever:
     """What a pipeline describes; the arguments come before it."""
     k = pipeline.get("k") if k is None else k
     top_n = pipeline.get("top_n") if top_n is None else top_n
@@ -598,7 +617,7 @@ def _from_pipeline(pipeline: Mapping[str, Any], reranker: Any, *, k: int | None,
     compressor = _compressor(pipeline.get("reranker") if reranker is None else reranker)
     recall = make_retriever(pipeline["retriever"])  # last, as it may open a database
     try:
-        return _joined(recall, compressor, k=k, top_n=top_n)
+        return _joined(recall, compressor, k=k, top_n=top_n, chosen=chosen)
     except BaseException:
         if recall is not pipeline["retriever"]:
             _close(recall)
@@ -627,15 +646,18 @@ def _only_texts(**options: Any) -> None:
 
 
 def _qdrant_filter(content: Any) -> Any:
-    """A mapping as Qdrant's `Filter`; anything else as it is."""
-    if not isinstance(content, Mapping):
-        return content
+    """Qdrant's `Filter`, or a mapping that is one in JSON."""
     from qdrant_client.models import Filter
 
+    if content is None or isinstance(content, Filter):
+        return content
     try:
         return Filter(**content)
-    except ValidationError as error:
-        raise ConfigurationError(f"{content} is not a Qdrant filter: {error}") from error
+    except (TypeError, ValidationError) as error:
+        key, value = next(iter(content.items())) if isinstance(content, Mapping) and content else ("year", 2020)
+        field, value = ("year", 2020) if key in Filter.model_fields else (key, value)
+        right = {"must": [{"key": f"metadata.{field}", "match": {"value": value}}]}
+        raise ConfigurationError(f"{content} is not a Qdrant filter. Write one like {right}") from error
 
 
 def _for_search(retriever: RetrieverLike, options: dict[str, Any]) -> dict[str, Any]:

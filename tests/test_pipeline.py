@@ -16,7 +16,7 @@ from langchain_rerank import Reranker, RerankRetriever, create_qdrant_retriever,
 from langchain_rerank._pipeline import GROUP
 from langchain_rerank.backends.embedded import EmbeddedBackend
 from langchain_rerank.errors import ConfigurationError, MissingDependencyError, UnexpectedKeywordError
-from langchain_rerank.factory import installed
+from langchain_rerank.factory import init_reranker, installed
 
 PLANETS = ["Mars is the red planet", "Jupiter is the largest planet", "Saturn has rings"]
 
@@ -212,7 +212,8 @@ def test_a_file_that_bm25_cannot_read_is_named(tmp_path, content, message):
     ("spec", "message"),
     [
         ("docs", "docs is no pipeline, which is a mapping with 'retriever' and 'reranker'"),
-        ({"backend": "embedded"}, "Unknown option 'backend' for a pipeline. Options: k, reranker, retriever, top_n."),
+        ({"backend": "embedded"}, "This describes a reranker, not a pipeline: in a pipeline it stands below 'reranker:'"),
+        ({"backends": "embedded"}, "Unknown option 'backends' for a pipeline. Options: k, reranker, retriever, top_n."),
         ({"retriver": "qdrant"}, "Unknown option 'retriver' for a pipeline. Did you mean 'retriever'?"),
         ({"reranker": "embedded"}, "The pipeline has no retriever; give at least 'retriever: qdrant'"),
         (
@@ -322,3 +323,10 @@ def test_a_mistyped_argument_is_named_with_the_nearest(make, options, message):
         make(PLANETS, **options)
 
     assert isinstance(caught.value, TypeError)
+
+
+def test_the_two_kinds_of_file_are_told_apart():
+    with pytest.raises(ConfigurationError, match="describes a pipeline, not a reranker: give it to create_rerank"):
+        init_reranker({"retriever": {"k": 50}, "reranker": {"backend": "embedded"}})
+    with pytest.raises(ConfigurationError, match="describes a reranker, not a pipeline"):
+        create_rerank_retriever({"backend": "embedded", "top_n": 5})

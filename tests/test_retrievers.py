@@ -3,6 +3,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -518,7 +519,9 @@ def test_a_bar_is_shown_for_several_batches_on_a_terminal(monkeypatch, stream, o
         ({"embedding": "nobody:model"}, "embedding='nobody:model': Provider 'nobody' is not supported"),
         ({"k": 0}, "k is 0; it must be a whole number, 1 or more"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"filter": {"nust": []}}, "is not a Qdrant filter"),
+        ({"filter": {"nust": []}}, "is not a Qdrant filter. Write one like"),
+        ({"filter": [1]}, "is not a Qdrant filter. Write one like"),
+        ({"filter": {"topic": "space"}}, "'must': [{'key': 'metadata.topic', 'match': {'value': 'space'}}]"),
         ({"fusion": "sum"}, "Unknown fusion 'sum'; there are rrf, dbsf"),
         ({"bm25": {"average_lenght": 1}}, "Unknown option 'average_lenght' for bm25. Did you mean 'average_length'"),
         ({"bm25": {"b": 2}}, "cannot be: k1 is 0 or more"),
@@ -529,7 +532,7 @@ def test_a_bar_is_shown_for_several_batches_on_a_terminal(monkeypatch, stream, o
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
         create_qdrant_retriever(PLANETS, **options)
 
 
@@ -710,6 +713,40 @@ def test_fifty_candidates_are_ranked_unless_told_otherwise():
     assert len(create_rerank_retriever(store, compressor).invoke("a", top_n=100)) == 50
     assert len(create_rerank_retriever(store, compressor, k=60).invoke("a", top_n=100)) == 60
     assert len(create_rerank_retriever(store, compressor).invoke("a", top_n=100, k=7)) == 7
+
+
+def test_a_filter_for_all_calls_gives_way_to_that_of_one_call():
+    documents = [Document(id=name, page_content="a planet", metadata={"name": name}) for name in ("mars", "venus")]
+
+    def named(name):
+        return {"must": [{"key": "metadata.name", "match": {"value": name}}]}
+
+    retriever = create_rerank_retriever(create_qdrant_retriever(documents), "embedded", filter=named("mars"))
+    assert [document.id for document in retriever.invoke("planet")] == ["mars"]
+    assert [document.id for document in retriever.invoke("planet", filter=named("venus"))] == ["venus"]
+
+    store = InMemoryVectorStore(Letters())
+    store.add_documents(documents)
+    recall = create_rerank_retriever(store, "embedded", filter=lambda document: document.id == "venus")
+    assert [document.id for document in recall.invoke("planet")] == ["venus"]
+
+
+def test_a_store_s_own_retriever_that_fetches_four_is_warned_of(caplog):
+    store = InMemoryVectorStore(Letters())
+
+    create_rerank_retriever(store.as_retriever(search_kwargs={"k": 50}), "embedded")
+    create_rerank_retriever(store, "embedded")
+    assert not caplog.records
+    create_rerank_retriever(store.as_retriever(), "embedded")
+    assert "LangChain's default is 4: there is little to rank" in caplog.text
+
+
+def test_a_closed_database_says_so():
+    with create_qdrant_retriever(["a planet"]) as retriever:
+        pass
+
+    with pytest.raises(RetrieverError, match="Qdrant at memory was closed before"):
+        retriever.invoke("planet")
 
 
 @pytest.mark.parametrize("options", [{"k": 3}, {"filter": {}}, {"k": 3, "filter": {}}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -37,6 +38,8 @@ _T = TypeVar("_T")
 
 _SAMPLE = 100
 """How many stored documents are looked at for the kind of a field."""
+
+logger = logging.getLogger(__name__)
 
 _METADATA = "langchain_rerank"
 """The key of a collection's own metadata under which the BM25 settings stand."""
@@ -374,6 +377,7 @@ class Collection:
             sparse_vectors_config=self.vectors.sparse(),
             metadata=_kept(bm25) if bm25 and bm25.average_length else None,
         )
+        logger.info("Made the collection %r at %s", self.name, self.connection.place)
 
     def _checked(self) -> Collection:
         config = self.connection.get_collection(self.name).config

@@ -88,6 +88,12 @@ class Connection:
             # A cause that shows the key, as a server may echo it, is left out of the traceback.
             cause = None if self._secret and self._secret in f"{error} {error!r}" else error
             raise kind(f"Qdrant at {self.place} {self._without_secret(message)}") from cause
+        except RuntimeError as error:
+            if "is closed" not in str(error):
+                raise
+            raise RetrieverError(
+                f"Qdrant at {self.place} was closed before. Make a new retriever, or use it inside the with block"
+            ) from error
 
     def _without_secret(self, message: str) -> str:
         return message.replace(self._secret, "***") if self._secret else message
