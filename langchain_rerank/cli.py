@@ -1,4 +1,4 @@
-"""The command line: `langchain-rerank demo | eval | rank | backends`."""
+"""The command line: `langchain-rerank demo | eval | rank | train | export | backends`."""
 
 from __future__ import annotations
 
@@ -195,6 +195,92 @@ def rank(
                 print_json(line)
         else:
             print_ranked(standard_output(), results)
+
+
+@app.command()
+def train(
+    data: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[DATA]...",
+            help="What to learn from: folders in BEIR layout, or files of JSON lines with query and positive and, "
+            "if you like, negatives and grade.",
+        ),
+    ] = None,
+    *,
+    output: Annotated[Path, typer.Option("--output", "-O", metavar="FOLDER", help="Where the model goes.")],
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", "-r", metavar="FILE", help="A YAML file that says all of it.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", metavar="MODEL", help="Where to start: a folder, a name on the hub, or embedded, the default."
+        ),
+    ] = None,
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--teacher",
+            metavar="NAME[=WEIGHT]",
+            help="Whose scores to learn beside the labels: bm25, dense, or a reranker such as "
+            "bge:BAAI/bge-reranker-v2-m3. Repeatable.",
+        ),
+    ] = None,
+    synthetic: Annotated[
+        str | None,
+        typer.Option(
+            "--synthetic",
+            metavar="title|first_sentence|llm",
+            help="DATA is documents alone: their titles or first sentences become the queries, or the chat model of "
+            "--option llm=PROVIDER:MODEL is asked for some.",
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", "-o", metavar="KEY=VALUE", help="An option of the recipe, such as epochs=2. Repeatable."
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Train a small reranker on your own pairs of query and passage.
+
+    Hard negatives are found with BM25, some queries are held out, and the model is measured on them before and after. A
+    training that was stopped, with Ctrl-C for one, goes on when the same command is given again.
+    """
+    with reported(debug=debug):
+        from langchain_rerank._cli.training import logged, print_report, settle
+        from langchain_rerank.training import train_reranker
+
+        given = {**dict(_option(each) for each in option or []), **({"base": base} if base else {})}
+        settled = settle(recipe, data or [], teacher or [], synthetic, given)
+        progress = sys.stderr.isatty()
+        with logged(wanted=not progress):
+            report = train_reranker(settled, output, progress=progress)
+        print_report(standard_output(), report)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The folder of a trained cross-encoder.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to write to.")],
+    *,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", metavar="float32|float16|int8", help="How weights are stored; they compute in float32."
+        ),
+    ] = "float16",
+    debug: Debug = False,
+) -> None:
+    """Write a cross-encoder as ONNX, which the embedded backend runs without torch."""
+    with reported(debug=debug):
+        from langchain_rerank._cli.training import print_export
+        from langchain_rerank.training import export_reranker
+
+        export_reranker(source, target, dtype=dtype)  # type: ignore[arg-type]  # it says which there are
+        print_export(standard_output(), target)
 
 
 @app.command()

@@ -119,6 +119,10 @@ def build_yaml(block, monkeypatch):
         monkeypatch.setenv(name, PLACEHOLDER)
     if "retriever" in content:
         create_rerank_retriever({**content, "retriever": at_hand(content["retriever"])}).close()
+    elif "sets" in content:
+        from langchain_rerank.training import read_recipe  # imports torch
+
+        read_recipe(content)
     else:
         init_reranker(content)
     if named := re.match(r"# (\S+\.ya?ml)\n", block.code):

@@ -212,7 +212,10 @@ def test_a_file_that_bm25_cannot_read_is_named(tmp_path, content, message):
     ("spec", "message"),
     [
         ("docs", "docs is no pipeline, which is a mapping with 'retriever' and 'reranker'"),
-        ({"backend": "embedded"}, "This describes a reranker, not a pipeline: in a pipeline it stands below 'reranker:'"),
+        (
+            {"backend": "embedded"},
+            "This describes a reranker, not a pipeline: in a pipeline it stands below 'reranker:'",
+        ),
         ({"backends": "embedded"}, "Unknown option 'backends' for a pipeline. Options: k, reranker, retriever, top_n."),
         ({"retriver": "qdrant"}, "Unknown option 'retriver' for a pipeline. Did you mean 'retriever'?"),
         ({"reranker": "embedded"}, "The pipeline has no retriever; give at least 'retriever: qdrant'"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, cast
 
@@ -19,6 +20,7 @@ from langchain_rerank.backends._engines_cache import open_converted
 from langchain_rerank.backends._engines_torch import PackedNetwork, TorchNetwork
 from langchain_rerank.backends._files import ModelFiles
 from langchain_rerank.backends._torch import Dtype, TorchBackend, pick_device, pick_dtype
+from langchain_rerank.backends.base import clean
 from langchain_rerank.backends.local import Batch, Logits
 from langchain_rerank.errors import ConfigurationError, ModelLoadError, RerankError
 
@@ -40,6 +42,9 @@ OPENVINO = ("openvino",)
 QUANTISING = ("openvino", "nncf")
 EXPORTING = ("onnxscript",)
 """What must be installed to convert a model, by engine; ONNX Runtime itself always is."""
+
+OLDEST_OPENVINO = (2026, 4)
+"""The first version that `auto` takes: conversions by older ones were never compared with PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -70,41 +75,45 @@ def choose(
         ConfigurationError: They do not go together, or not with this device.
         MissingDependencyError: The engine asked for is not installed.
     """
+    check(engine, dtype, device.type)
     if device.type != "cpu":
-        if engine in ("openvino", "onnxruntime") or dtype == "int8":
-            raise ConfigurationError(
-                f"engine={engine!r} with dtype={dtype!r} runs on a CPU, not on {device.type!r}; "
-                "use device='cpu', or engine='torch' with another dtype"
-            )
         return _in_torch(dtype, device, f"PyTorch is the engine for {device.type}")
     if dtype == "int8":
-        return _in_int8(engine)
+        return Choice("openvino", "int8", "OpenVINO computes in int8")
     if engine == "auto":
         return _fastest(dtype, device, model_type, as_it_is)
     if engine == "openvino":
-        require(*OPENVINO, extra="openvino")
         return Choice("openvino", _name(pick_dtype(dtype, device)), _about_dtype(dtype, device))
     if engine == "onnxruntime":
-        return _in_onnxruntime(dtype)
+        return Choice("onnxruntime", "float32", "ONNX Runtime computes in float32")
     return _in_torch(dtype, device, _about_dtype(dtype, device))
+
+
+def check(engine: Engine, dtype: Dtype, device_type: str) -> None:
+    """Refuse what does not go together; no library is imported for it.
+
+    Raises:
+        ConfigurationError: Engine and dtype do not go together, or not with this type of device.
+        MissingDependencyError: The engine asked for is not installed.
+    """
+    if device_type != "cpu":
+        if engine in ("openvino", "onnxruntime") or dtype == "int8":
+            raise ConfigurationError(
+                f"engine={engine!r} with dtype={dtype!r} runs on a CPU, not on {device_type!r}; "
+                "use device='cpu', or engine='torch' with another dtype"
+            )
+    elif dtype == "int8" and engine not in ("auto", "openvino"):
+        raise ConfigurationError(f"dtype='int8' is for engine='openvino', not for engine={engine!r}")
+    elif dtype not in ("auto", "float32") and engine == "onnxruntime":
+        raise ConfigurationError(f"engine='onnxruntime' computes in float32, not in {dtype!r}; use engine='openvino'")
+    elif engine == "onnxruntime":
+        require(*EXPORTING, extra="train")
+    elif engine == "openvino" or dtype == "int8":
+        require(*(QUANTISING if dtype == "int8" else OPENVINO), extra="openvino")
 
 
 def _in_torch(dtype: Dtype, device: torch.device, why: str) -> Choice:
     return Choice("torch", _name(pick_dtype(dtype, device)), why)
-
-
-def _in_int8(engine: Engine) -> Choice:
-    if engine not in ("auto", "openvino"):
-        raise ConfigurationError(f"dtype='int8' is for engine='openvino', not for engine={engine!r}")
-    require(*QUANTISING, extra="openvino")
-    return Choice("openvino", "int8", "OpenVINO computes in int8")
-
-
-def _in_onnxruntime(dtype: Dtype) -> Choice:
-    if dtype not in ("auto", "float32"):
-        raise ConfigurationError(f"engine='onnxruntime' computes in float32, not in {dtype!r}; use engine='openvino'")
-    require(*EXPORTING, extra="train")
-    return Choice("onnxruntime", "float32", "ONNX Runtime computes in float32")
 
 
 def _fastest(dtype: Dtype, device: torch.device, model_type: str | None, as_it_is: str) -> Choice:
@@ -114,11 +123,22 @@ def _fastest(dtype: Dtype, device: torch.device, model_type: str | None, as_it_i
     if as_it_is:
         return _in_torch(dtype, device, as_it_is)
     settled, why = _name(pick_dtype(dtype, device)), _about_dtype(dtype, device)
-    if not missing(*OPENVINO):
+    if _has_openvino():
         return Choice("openvino", settled, f"OpenVINO is installed, {why}")
     if settled == "float32" and not missing(*EXPORTING):
         return Choice("onnxruntime", settled, f"onnxscript is installed, OpenVINO is not, {why}")
     return Choice("torch", settled, f"OpenVINO is not installed, {why}")
+
+
+def _has_openvino() -> bool:
+    """Whether OpenVINO is installed in a version that `auto` takes."""
+    if missing(*OPENVINO):
+        return False
+    try:
+        year, release, *_ = version("openvino").split(".")
+    except PackageNotFoundError:  # built from source
+        return False
+    return (int(year), int(release)) >= OLDEST_OPENVINO
 
 
 def _about_dtype(dtype: Dtype, device: torch.device) -> str:
@@ -152,6 +172,17 @@ class EncoderBackend(TorchBackend):
 
     _choice: Choice | None = PrivateAttr(default=None)
     _wants_type_ids: bool = PrivateAttr(default=False)
+    _settled: dict[str, Any] | None = PrivateAttr(default=None)
+    _pairs: Sequence[tuple[str, str]] | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        check(self.engine, self.dtype, (self.device or "cpu").partition(":")[0])
+        if self.padding_free and (self.engine not in ("auto", "torch") or self.dtype == "int8"):
+            raise ConfigurationError(
+                f"padding_free is for PyTorch, not for engine={self.engine!r} with dtype={self.dtype!r}; leave one out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _calibrated(self) -> Self:
@@ -160,7 +191,7 @@ class EncoderBackend(TorchBackend):
                 "dtype='int8' is calibrated on texts such as yours; give calibration=[(query, text), ...] or a JSONL "
                 "file with query and text on each line"
             )
-        if self.calibration and self.dtype != "int8":
+        if self.calibration is not None and self.dtype != "int8":
             raise ConfigurationError(f"calibration is for dtype='int8', not for dtype={self.dtype!r}; leave it out")
         return self
 
@@ -224,6 +255,7 @@ class EncoderBackend(TorchBackend):
         logger.warning("%s cannot be converted for %s and runs in PyTorch: %s", self.model, self._choice.engine, reason)
         self._choice = replace(choose("torch", self.dtype, self._device), why="the conversion failed")
         self._dtype = pick_dtype(self.dtype, self._device)
+        self._settled = None
 
     def _converted(self, choice: Choice, load: Callable[[], Any]) -> Network:
         import torch
@@ -232,12 +264,17 @@ class EncoderBackend(TorchBackend):
         from langchain_rerank.backends import _engines_openvino as openvino
         from langchain_rerank.backends._engines_convert import Convertible
 
-        def write(folder: Path) -> None:
+        def convert(folder: Path) -> None:
             network = Convertible(load(), wants_type_ids=self._wants_type_ids)
             if choice.engine == "onnxruntime":
                 onnx.export(network, folder)
             else:
-                openvino.convert(network, folder, calibration=self._calibration_batches())
+                pairs = self._calibration_batches() if choice.dtype == "int8" else None
+                openvino.convert(network, folder, calibration=pairs)
+
+        def write(folder: Path) -> None:
+            convert(folder)
+            gc.collect()  # the layer that was cut refers to itself, and would keep its weights
 
         def read(folder: Path) -> Network:
             threads = torch.get_num_threads()
@@ -259,19 +296,13 @@ class EncoderBackend(TorchBackend):
             "model": "" if Path(self.model).is_dir() else self.model,
             "files": self._files_digest(),
             "model_kwargs": repr(sorted(self.model_kwargs.items())),
+            "trust_remote_code": self.trust_remote_code,
             "versions": {name: version(name) for name in libraries},
         }
 
     def _calibration_batches(self) -> list[Batch]:
-        """The calibration pairs as they would be scored."""
-        encodings = [self._encode(query, [text])[0] for query, text in self._calibration_pairs()]
-        encodings.sort(key=lambda encoding: -len(encoding.ids))
-        batches = []
-        while encodings:
-            size = self._fits(len(encodings[0].ids))
-            batches.append(self._collate(encodings[:size]))
-            encodings = encodings[size:]
-        return batches
+        """Each calibration pair by itself: padding would change the scales, and with them what int8 computes."""
+        return [self._collate(self._encode(clean(query), [clean(text)])) for query, text in self._calibration_pairs()]
 
     def _as_it_is(self) -> str:
         """Why `auto` leaves this model to PyTorch."""
@@ -288,24 +319,45 @@ class EncoderBackend(TorchBackend):
             return files.read_json("config.json") or {}
 
     def _resolved(self) -> dict[str, Any]:
+        if self._settled is None:
+            self._settled = self._settle()
+        return self._settled
+
+    def _settle(self) -> dict[str, Any]:
         choice = self._choice or self._choose_engine()
-        resolved = {"device": self._wanted_device().type, "engine": choice.engine, "dtype": choice.dtype}
-        return {**resolved, "calibration": self._calibration_digest()} if self.calibration else resolved
+        settled = {"device": self._wanted_device().type, "engine": choice.engine, "dtype": choice.dtype}
+        if choice.dtype != "int8":
+            return settled
+        from langchain_rerank.backends._engines_openvino import dtype_beside_int8
+
+        return {**settled, "beside_int8": dtype_beside_int8(), "calibration": self._calibration_digest()}
 
     def _calibration_pairs(self) -> Sequence[tuple[str, str]]:
-        if not isinstance(self.calibration, Path):
-            return self.calibration or ()
-        try:
-            lines = self.calibration.read_text(encoding="utf-8").splitlines()
-            return [(str(pair["query"]), str(pair["text"])) for pair in map(json.loads, filter(str.strip, lines))]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigurationError(
-                f"calibration={str(self.calibration)!r} cannot be read ({type(error).__name__}: {error}); "
-                'each line must be JSON such as {"query": "...", "text": "..."}'
-            ) from error
+        if self._pairs is None:
+            self._pairs = _read_pairs(self.calibration) if isinstance(self.calibration, Path) else self.calibration
+        return self._pairs or ()
 
     def _calibration_digest(self) -> str:
         return hashlib.sha256(json.dumps(self._calibration_pairs()).encode()).hexdigest()
+
+
+def _read_pairs(file: Path) -> list[tuple[str, str]]:
+    """The calibration pairs of a JSONL file.
+
+    Raises:
+        ConfigurationError: It cannot be read, or holds none.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        pairs = [(str(pair["query"]), str(pair["text"])) for pair in map(json.loads, filter(str.strip, lines))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"calibration={str(file)!r} cannot be read ({type(error).__name__}: {error}); "
+            'each line must be JSON such as {"query": "...", "text": "..."}'
+        ) from error
+    if not pairs:
+        raise ConfigurationError(f"calibration={str(file)!r} holds no pairs; write one on each line")
+    return pairs
 
 
 def given_to(kind: type[TorchBackend], backend: EncoderBackend) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import functools
+import importlib
 import logging
 import os
+import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +35,9 @@ _KEPT = frozenset({"MVN", "Add", "Multiply"})
 
 _SILENT = {"NNCF_CI": "1", "CI": "true"}
 """Environment variables with which OpenVINO and NNCF, when they are imported, tell their makers nothing."""
+
+_IMPORTING = threading.Lock()
+"""Held while the environment says that this is a CI job."""
 
 _HINTS = {"bfloat16": "bf16", "float32": "f32"}
 
@@ -61,16 +67,16 @@ class OpenVINONetwork:
         return logits.reshape(len(batch))
 
 
-def convert(network: Convertible, folder: Path, *, calibration: Sequence[Batch] = ()) -> None:
+def convert(network: Convertible, folder: Path, *, calibration: Sequence[Batch] | None = None) -> None:
     """Write a module of PyTorch as OpenVINO's `model.xml` and `model.bin`, weights in float32 or int8.
 
     Args:
         network: What to convert.
         folder: Where to write.
-        calibration: Batches of pairs to quantise to int8 with; none: float32.
+        calibration: Batches of pairs to quantise to int8 with; `None`: float32.
     """
     openvino = _openvino()
-    if not calibration:
+    if calibration is None:
         _save(_graph(network), folder)
         network.check(OpenVINONetwork(folder, dtype="float32"))
         return
@@ -140,19 +146,23 @@ def _keep_in_float32(file: Path) -> None:
     tree.write(file, encoding="utf-8", xml_declaration=True)
 
 
+@functools.cache
 def multiplies_bfloat16() -> bool:
     """Whether OpenVINO would take bfloat16 on this CPU by itself."""
     openvino = _openvino()
     return bool(openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT") == openvino.Type.bf16)
 
 
+def dtype_beside_int8() -> str:
+    """In which a quantised graph computes what is not quantised."""
+    return "bfloat16" if multiplies_bfloat16() else "float32"
+
+
 def _compile(file: Path, dtype: str, threads: int | None) -> tuple[Any, int | None]:
     """The compiled graph, and how many tokens it can read, if its file says so."""
     openvino = _openvino()
-    if dtype == "int8":  # for what is not quantised
-        dtype = "bfloat16" if multiplies_bfloat16() else "float32"
     config: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": _HINTS[dtype],
+        "INFERENCE_PRECISION_HINT": _HINTS[dtype_beside_int8() if dtype == "int8" else dtype],
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,  # several processes on one machine would be pinned to the same cores
@@ -186,35 +196,41 @@ def _named(batch: Batch, names: Iterable[str]) -> Mapping[str, Any]:
 
 def _openvino() -> Any:
     """The library."""
-    with _unreported():
-        import openvino
-
-        return openvino
+    return _unreported("openvino")
 
 
 @contextlib.contextmanager
 def _quiet_nncf() -> Iterator[Any]:
-    """NNCF without its bars on standard output and its class for all loggers."""
+    """NNCF without its bars and its log on standard output, and without its class for all loggers."""
     kind = logging.getLoggerClass()
     try:
-        with _unreported(), contextlib.redirect_stdout(io.StringIO()):
-            import nncf
-
-            yield nncf
+        nncf = _unreported("nncf")
     finally:
         logging.setLoggerClass(kind)
+    import rich  # draws the bars, on its own console
 
-
-@contextlib.contextmanager
-def _unreported() -> Iterator[None]:
-    """Import libraries whose makers are told of it, except in CI jobs, as if this were one."""
-    given = {name: os.environ.get(name) for name in _SILENT}
-    os.environ.update(_SILENT)
+    console, log = rich.get_console(), logging.getLogger("nncf")
+    shown, level = console.quiet, log.level
+    console.quiet = True
+    log.setLevel(logging.ERROR)
     try:
-        yield
+        yield nncf
     finally:
-        for name, value in given.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        console.quiet = shown
+        log.setLevel(level)
+
+
+def _unreported(name: str) -> Any:
+    """Import a library whose makers are told of it, except in CI jobs, as if this were one."""
+    if name in sys.modules:
+        return importlib.import_module(name)  # waits for another thread that has only begun
+    with _IMPORTING:
+        given = {variable: os.environ.get(variable) for variable in _SILENT}
+        os.environ.update(_SILENT)
+        try:
+            return importlib.import_module(name)
+        finally:
+            for variable, value in given.items():
+                os.environ.pop(variable, None)
+                if value is not None:
+                    os.environ[variable] = value

@@ -208,11 +208,11 @@ def _no_bars() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch failed for want of memory, on a GPU or on the host."""
+    """Whether torch or ONNX Runtime failed for want of memory, on a GPU or on the host."""
     text = str(error)
-    return type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    )
+    if type(error).__name__ == "OutOfMemoryError" or "Failed to allocate memory" in text:  # ONNX Runtime's own classes
+        return True
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 def free_memory(device: torch.device) -> None:

@@ -10,11 +10,11 @@ import weakref
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 P = TypeVar("P")
 """A tokenised pair."""
@@ -81,10 +81,12 @@ class Job(Generic[P, R]):
         del self._waiting[start:end]
         return taken
 
-    def put_back(self, taken: Sequence[int]) -> None:
-        """Let pairs wait again, from now on in batches of their own: one caller's pair may have failed the others'."""
-        self._waiting = sorted([*self._waiting, *taken], key=self._length)
-        self.alone = True
+    def recover(self) -> None:
+        """Between batches: let pairs wait again whose batch failed; answer if an interruption came before that."""
+        if len(self._waiting) != self.open:
+            self._waiting = sorted(set(range(len(self.pairs))) - self._rows.keys(), key=self._length)
+        if not self.open:
+            self.deliver([], [])
 
     def deliver(self, taken: Sequence[int], rows: Sequence[R]) -> None:
         """Keep what the model said of some pairs; with the last of them, answer."""
@@ -95,8 +97,15 @@ class Job(Generic[P, R]):
 
     def fail(self, error: BaseException) -> None:
         """Answer with an error."""
-        with suppress(InvalidStateError):
-            self.answer.set_exception(error)
+        _fail(self.answer, error)
+
+
+def _fail(answer: Future[Any], error: BaseException) -> None:
+    if isinstance(error, StopIteration):  # which asyncio refuses to pass on: who awaits would wait for ever
+        error, stop = RuntimeError(repr(error)), error
+        error.__cause__ = stop
+    with suppress(InvalidStateError):  # cancelled meanwhile
+        answer.set_exception(error)
 
 
 class Scheduler(Generic[P, R]):
@@ -115,18 +124,29 @@ class Scheduler(Generic[P, R]):
     def __init__(self) -> None:
         self.door = threading.Lock()
         """For loading and tokenising: one caller at a time, while the model may be running another's batch."""
-        self._changed = threading.Condition()
+        # Entered itself, not through the condition, in whose methods an interruption would leave it held.
+        self._guard = threading.RLock()
+        self._changed = threading.Condition(self._guard)
         self._jobs: list[Job[P, R]] = []
         self._read = 0
-        self._driven = False
+        self._driver: Future[list[R]] | None = None
+        """Whose it is to drive. Done, it has left, or was interrupted before it could: the next caller takes over."""
         # At the exit the later one ends first: nothing may be queued up for a driver that has ended.
         self._driving = IdleThread("rerank", self._changed)
         self._tokenizing = IdleThread("rerank-tokenize", self._changed)
 
-    def wait_for_room(self, most: int) -> None:
-        """Wait until fewer than `most` pairs are in the queue, beside those of the largest job."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._beside_largest() < most or self._tokenizing.ending)
+    def wait_for_room(self, most: int, answer: Future[list[R]] | None = None) -> None:
+        """Wait until fewer than `most` pairs are in the queue, beside those of the largest job.
+
+        Raises:
+            CancelledError: The answer that it is for is not wanted any more.
+        """
+        with self._guard:
+            self._changed.wait_for(
+                lambda: (answer and answer.cancelled()) or self._beside_largest() < most or self._tokenizing.ending
+            )
+        if answer and answer.cancelled():
+            raise CancelledError
 
     def _beside_largest(self) -> int:
         still_open = [job.open for job in self._jobs]
@@ -139,12 +159,20 @@ class Scheduler(Generic[P, R]):
             Exception: What the model raised for these pairs.
         """
         try:
+            job.answer.add_done_callback(self._drop)
             if self._enqueue(job):
-                self._drive(job)
+                while not job.answer.done():
+                    self._step(interruptible=True)
             return job.answer.result()
         finally:
-            job.answer.cancel()  # of no effect if there is an answer
-            del job  # an error's traceback holds this frame, and the job holds the error
+            try:
+                job.answer.cancel()  # of no effect if there is an answer
+                self._leave(job.answer)
+            except BaseException:  # interrupted: the others still need somebody who drives
+                self._leave(job.answer)
+                raise
+            finally:
+                del job  # an error's traceback holds this frame, and the job holds the error
 
     async def arun(self, make: Callable[[Future[list[R]]], Job[P, R]]) -> list[R]:
         """As `run`, without blocking the event loop.
@@ -153,70 +181,78 @@ class Scheduler(Generic[P, R]):
             make: Called in a thread, in this context: tokenises, and returns a job with the answer that it is given.
         """
         answer: Future[list[R]] = Future()
+        answer.add_done_callback(self._drop)
         self._tokenizing.call(partial(contextvars.copy_context().run, self._make, make, answer))
         try:
             return await asyncio.wrap_future(answer)
         finally:
             answer.cancel()
+            del answer  # as in `run`
 
     def _make(self, make: Callable[[Future[list[R]]], Job[P, R]], answer: Future[list[R]]) -> None:
         if answer.cancelled():
             return
         try:
             if self._enqueue(make(answer)):
-                self._hand_over()
+                self._leave(answer)
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is the caller's
-            with suppress(InvalidStateError):
-                answer.set_exception(error)
+            _fail(answer, error)
+        finally:
+            del answer  # as in `run`
 
     def _enqueue(self, job: Job[P, R]) -> bool:
-        """Queue a job up; whether somebody has to begin driving."""
+        """Queue a job up; whether it is now its caller's to drive, or to leave that to the thread."""
         if not job.open:
             job.deliver([], [])
-        job.answer.add_done_callback(self._drop)
-        with self._changed:
+        with self._guard:
             if job.answer.done():
                 return False
             job.due = self._read + job.length(range(len(job.pairs)))
             self._jobs = sorted([*self._jobs, job], key=lambda job: job.due)
-            driven, self._driven = self._driven, True
-            return not driven
+            if self._driver and not self._driver.done():
+                return False
+            self._driver = job.answer
+            return True
 
-    def _drop(self, answer: Future[list[R]]) -> None:
-        with self._changed:
-            self._jobs = [job for job in self._jobs if job.answer is not answer]
+    def _drop(self, _: object = None) -> None:
+        """Take the jobs out that have an answer, and say that there may be room."""
+        with self._guard:
+            self._jobs = [job for job in self._jobs if not job.answer.done()]
             self._changed.notify_all()
 
-    def _drive(self, own: Job[P, R] | None = None) -> None:
-        """Run batches, a caller until its own job is done, the thread until there is none."""
+    def _leave(self, driver: Future[list[R]]) -> None:
+        """If this one drives, let the thread go on with what there is."""
+        with self._guard:
+            if self._driver is not driver:
+                return
+            if not self._jobs or self._driving.ending:
+                self._driver = None
+                return
+            thread: Future[list[R]] = Future()
+            drive = partial(self._drive, thread)
+            started = True
+            try:
+                self._driving.call(drive)
+            except RuntimeError:  # no thread can be started, for one when the interpreter is about to exit
+                started = False
+            self._driver = thread  # not before: an interrupted call would leave a driver who never comes
+        if not started:
+            drive()
+
+    def _drive(self, driver: Future[list[R]]) -> None:
+        """Run batches until there is no job."""
         try:
-            while not own.answer.done() if own else self._jobs and not self._driving.ending:
-                self._step(interruptible=own is not None)
+            while self._driver is driver and self._jobs and not self._driving.ending:
+                self._step(interruptible=False)
         finally:
-            if own:
-                own.answer.cancel()  # of no effect unless this thread was interrupted
-            del own  # as in `run`
-            self._leave()
-
-    def _leave(self) -> None:
-        with self._changed:
-            self._driven = left = bool(self._jobs) and not self._driving.ending
-        if left:
-            self._hand_over()
-
-    def _hand_over(self) -> None:
-        try:
-            self._driving.call(self._drive)
-        except RuntimeError:  # no thread can be started, for one when the interpreter is about to exit
-            self._drive()
+            self._leave(driver)
 
     def _step(self, *, interruptible: bool) -> None:
         """Run one batch. If it fails, only the caller concerned does; an interruption is for the caller who drives."""
         shares: list[tuple[Job[P, R], list[int]]] = []
         try:
-            with self._changed:
+            with self._guard:
                 self._fill(shares)
-                self._changed.notify_all()
             self._run(shares)
         except BaseException as error:
             interrupted = interruptible and not isinstance(error, Exception)
@@ -232,11 +268,16 @@ class Scheduler(Generic[P, R]):
         if pairs:
             rows = shares[0][0].context.run(shares[0][0].forward, pairs)
             checked = iter([row for _, row in zip(pairs, rows, strict=True)])
-            for job, taken in shares:
-                job.deliver(taken, list(islice(checked, len(taken))))
+            found = [(job, taken, list(islice(checked, len(taken)))) for job, taken in shares]
+            # The driver's own last: with its answer another may take over.
+            for job, taken, own in sorted(found, key=lambda share: share[0].answer is self._driver):
+                job.deliver(taken, own)
 
     def _fill(self, shares: list[tuple[Job[P, R], list[int]]]) -> None:
         """Choose the pairs of one batch; the first share is the leader's."""
+        for job in self._jobs:
+            job.recover()
+        self._drop()
         if not self._jobs:
             return
         leader, *others = self._jobs
@@ -259,9 +300,8 @@ class Scheduler(Generic[P, R]):
         if len(jobs) == 1 and not interrupted:
             jobs.pop().fail(error)
             return
-        with self._changed:
-            for job, taken in shares:
-                job.put_back(taken)
+        for job in jobs:
+            job.alone = True
 
 
 class IdleThread:
@@ -314,14 +354,17 @@ class _Calls:
             self._changed.notify_all()
 
     def end(self) -> None:
-        """Tell the thread to end and wait for it; called by the garbage collector, in any thread, or at the exit."""
+        """Tell the thread to end, and at the interpreter's exit wait for it.
+
+        The garbage collector calls this in any thread, even a sibling's, which holds the lock: it must not wait.
+        """
         if self._process != os.getpid():
             return  # a forked child: the thread is the parent's, and the lock may be held for ever
         with self._changed:  # re-entrant: this thread may hold it already
             self.ending = True
             self._changed.notify_all()
             thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None and not threading.main_thread().is_alive():  # which is so when exit functions are called
             thread.join(PATIENCE)
 
     def _work(self) -> None:

@@ -46,6 +46,7 @@ class BGEBackend(EncoderBackend):
         self._chosen._load()  # noqa: SLF001 - it stands in for this one
         self._device, self._longest = self._chosen._device, self._chosen._longest  # noqa: SLF001
         self._choice = getattr(self._chosen, "_choice", None)
+        self._settled = None
 
     def _config(self) -> Mapping[str, Any]:
         """The model's config.json, read as data: nothing that it points to is run."""

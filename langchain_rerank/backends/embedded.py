@@ -17,6 +17,7 @@ from langchain_rerank._optional import require
 from langchain_rerank.backends._engines_cache import open_converted
 from langchain_rerank.backends._files import folder_digest
 from langchain_rerank.backends._pairs import encode_pairs
+from langchain_rerank.backends._torch import is_out_of_memory
 from langchain_rerank.backends.local import Batch, Encoding, LocalBackend, Logits
 from langchain_rerank.data import EMBEDDED_MODEL
 from langchain_rerank.errors import ConfigurationError, ModelLoadError
@@ -199,7 +200,7 @@ class EmbeddedBackend(LocalBackend):
         return outputs
 
     def _out_of_memory(self, error: BaseException) -> bool:
-        return super()._out_of_memory(error) or "Failed to allocate memory" in str(error)
+        return super()._out_of_memory(error) or is_out_of_memory(error)
 
 
 def _default_threads() -> int:

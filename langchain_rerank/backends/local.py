@@ -207,7 +207,7 @@ class LocalBackend(Backend):
         pieces: list[_Piece] = []
 
         def tokenize(answer: Future[list[Row]]) -> Job[Encoding, Row]:
-            pieces.extend(self._tokenized(requests))
+            pieces.extend(self._tokenized(requests, answer))
             return self._job([piece.encoding for piece in pieces], answer)
 
         rows = await self._queue.arun(tokenize)
@@ -227,13 +227,15 @@ class LocalBackend(Backend):
             )
         self._longest = longest
 
-    def _tokenized(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[_Piece]:
+    def _tokenized(
+        self, requests: Sequence[tuple[str, Sequence[str]]], answer: Future[list[Row]] | None = None
+    ) -> list[_Piece]:
         """The pieces of all requests in one list, when there is room for them in the queue."""
         pieces: list[_Piece] = []
         first = 0
         with self._lock:
             self._ensure_loaded()
-            self._queue.wait_for_room(self.max_waiting)
+            self._queue.wait_for_room(self.max_waiting, answer)
             for query, texts in requests:
                 pieces += self._pieces(query, texts, first)
                 first += len(texts)

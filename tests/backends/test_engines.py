@@ -2,9 +2,11 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -172,6 +174,27 @@ def test_int8_is_calibrated_quietly_and_says_how_much_it_changes(tiny_bert, tmp_
     assert 'type="FakeQuantize"' in graph.read_text()
 
 
+def test_int8_does_not_depend_on_the_size_of_batches(tiny_bert, tmp_path, monkeypatch):
+    found = []
+    for batch_size in (1, 16):
+        monkeypatch.setenv("LANGCHAIN_RERANK_CACHE", str(tmp_path / str(batch_size)))
+        backend = cross_encoder(tiny_bert, dtype="int8", calibration=PAIRS, batch_size=batch_size)
+        found.append(backend.logits(QUERY, TEXTS[:1]))
+
+    assert found[0] == found[1]
+
+
+def test_calibration_pairs_are_read_once_and_cleaned(tiny_bert, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"query": "\\ud800", "text": "red"}\n\n')
+    backend = cross_encoder(tiny_bert, dtype="int8", calibration=tmp_path / "pairs.jsonl")
+    before = backend.fingerprint()
+    (tmp_path / "pairs.jsonl").unlink()
+    backend.warmup()
+
+    assert backend.fingerprint() == before
+    assert before["beside_int8"] in ("float32", "bfloat16")
+
+
 # Without padding ------------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +274,36 @@ def test_auto_takes_the_fastest_of_what_is_installed(absent, dtype, expected, mo
     assert choose("auto", dtype, CPU, model_type="bert").engine == expected
 
 
+@pytest.mark.parametrize(("installed", "expected"), [("2026.3.9", "torch"), ("2026.4.0", "openvino")])
+def test_auto_leaves_an_old_openvino_alone(installed, expected, monkeypatch):
+    monkeypatch.setattr("langchain_rerank.backends._engines.version", lambda _: installed)
+
+    assert choose("auto", "bfloat16", CPU, model_type="bert").engine == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "openvino", "device": "cuda:0"}, "runs on a CPU, not on 'cuda'"),
+        ({"engine": "onnxruntime", "dtype": "bfloat16"}, "engine='onnxruntime' computes in float32"),
+        ({"engine": "torch", "dtype": "int8", "calibration": PAIRS}, "dtype='int8' is for engine='openvino'"),
+        ({"engine": "openvino", "padding_free": True}, "padding_free is for PyTorch, not for engine='openvino'"),
+        ({"engine": "onnxruntime", "padding_free": True}, "padding_free is for PyTorch, not for engine='onnxruntime'"),
+        ({"dtype": "int8", "calibration": PAIRS, "padding_free": True}, "padding_free is for PyTorch, .*'int8'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_at_once(options, message, tiny_bert):
+    with pytest.raises(ValidationError, match=message):
+        cross_encoder(tiny_bert, **options)
+
+
+def test_a_missing_engine_shows_at_once(monkeypatch, tiny_bert):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+
+    with pytest.raises(MissingDependencyError, match=r"pip install 'langchain-rerank\[openvino\]'"):
+        cross_encoder(tiny_bert, engine="openvino")
+
+
 def test_an_engine_that_is_not_installed_is_named_with_what_to_type(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     for engine, dtype in (("openvino", "auto"), ("auto", "int8")):
@@ -315,11 +368,31 @@ def test_int8_wants_texts_and_only_int8_does(tiny_bert, tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"question": "q"}')
     with pytest.raises(ConfigurationError, match=r"calibration='.*pairs.jsonl' cannot be read \(KeyError: 'query'\)"):
         cross_encoder(tiny_bert, dtype="int8", calibration=tmp_path / "pairs.jsonl").fingerprint()
+    (tmp_path / "pairs.jsonl").write_text("\n \n")
+    empty = cross_encoder(tiny_bert, dtype="int8", calibration=tmp_path / "pairs.jsonl")
+    for use in (empty.fingerprint, empty.warmup):
+        with pytest.raises(ConfigurationError, match=r"calibration='.*pairs.jsonl' holds no pairs"):
+            use()
+
+
+def test_a_fingerprint_is_worked_out_once(tiny_gemma):
+    described = []
+
+    class Watched(BGEBackend):
+        def _described(self):
+            described.append(self.model)
+            return super()._described()
+
+    backend = Watched(model=tiny_gemma, device="cpu")
+
+    assert backend.fingerprint() == backend.fingerprint()
+    assert described == [tiny_gemma]
 
 
 def test_what_cannot_be_converted_runs_in_pytorch_unless_an_engine_was_asked_for(tiny_bert, caplog):
     options = {"model": tiny_bert, "device": "cpu", "dtype": "float32"}
     backend = Stubborn(**options)
+    assert backend.fingerprint()["engine"] == "openvino"
 
     assert backend.score(QUERY, TEXTS) == cross_encoder(tiny_bert, engine="torch").score(QUERY, TEXTS)
     assert "cannot be converted for openvino and runs in PyTorch: no rule for aten::strange" in caplog.text
@@ -341,6 +414,47 @@ def test_a_model_is_converted_once_and_then_its_weights_are_not_loaded(tiny_bert
     assert backends[0].logits(QUERY, TEXTS) == backends[1].logits(QUERY, TEXTS)
     [folder] = (tmp_path / "engines").iterdir()
     assert json.loads((folder / "about.json").read_text())["versions"]["openvino"]
+
+
+def test_trusted_code_has_a_conversion_of_its_own(tiny_bert):
+    keys = []
+    for trusted in (False, True):
+        backend = cross_encoder(tiny_bert, engine="openvino", trust_remote_code=trusted)
+        keys.append(backend._conversion_key(choose("openvino", "float32", CPU)))
+
+    assert keys[0] != keys[1]
+
+
+def test_onnx_runtime_out_of_memory_halves_the_batch(tiny_bert):
+    class FailError(Exception):
+        """As ONNX Runtime's, which is no RuntimeError."""
+
+    class Small(CrossEncoderBackend):
+        def _forward(self, batch):
+            if len(batch) > 1:
+                raise FailError("[ONNXRuntimeError] : Failed to allocate memory for requested buffer of size 8")
+            return super()._forward(batch)
+
+    backend = Small(model=tiny_bert, device="cpu", dtype="float32", engine="onnxruntime")
+    expected = cross_encoder(tiny_bert, engine="onnxruntime").logits(QUERY, TEXTS)
+
+    assert backend.logits(QUERY, TEXTS) == pytest.approx(expected, abs=1e-4)
+
+
+def test_imports_by_several_threads_leave_the_environment_as_it_was(monkeypatch, tmp_path):
+    from langchain_rerank.backends._engines_openvino import _unreported
+
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("NNCF_CI", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = [f"slow_library_{number}" for number in range(4)]
+    for name in names:
+        (tmp_path / f"{name}.py").write_text("import os, time\nCI = os.environ['CI']\ntime.sleep(0.05)\n")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(_unreported, names * 2))
+
+    assert [module.CI for module in found] == ["true"] * 8
+    assert not {"CI", "NNCF_CI"} & os.environ.keys()
 
 
 def test_a_model_whose_conversion_would_compute_something_else_is_not_converted(tiny_bert, tmp_path, monkeypatch):
@@ -386,6 +500,28 @@ def test_a_broken_conversion_is_made_again_and_said(cache, caplog):
     assert "cannot be read and is converted again: unexpected end of file" in caplog.text
 
 
+def test_a_conversion_that_is_taken_away_meanwhile_is_made_again(cache):
+    taken = []
+
+    def robbed(folder):
+        if not taken:
+            taken.append(folder.rename(cache / "elsewhere"))
+        return read(folder)
+
+    assert open_converted({"model": "a"}, write("whole"), robbed) == "whole"
+
+
+def test_what_killed_conversions_left_is_deleted_after_a_day(cache):
+    old, new = cache / "engines" / ".old", cache / "engines" / ".new"
+    for folder in (old, new):
+        (folder / "half").mkdir(parents=True)
+    os.utime(old, (time.time() - 90_000,) * 2)
+    open_converted({"model": "a"}, write("whole"), read)
+
+    assert new.exists()
+    assert not old.exists()
+
+
 def test_a_conversion_that_fails_leaves_nothing_behind(cache):
     def fails(folder):
         (folder / "file").write_text("half")
@@ -419,6 +555,27 @@ def test_a_folder_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch, 
         assert open_converted({"model": "a"}, write(content), read) == content
     assert "cannot be written" in caplog.text
     assert "name another folder in LANGCHAIN_RERANK_CACHE" in caplog.text
+
+
+def test_a_missing_home_costs_time_only(monkeypatch, caplog):
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LANGCHAIN_RERANK_CACHE")
+    monkeypatch.setattr(Path, "expanduser", homeless)
+
+    assert open_converted({"model": "a"}, write("whole"), read) == "whole"
+    assert "cannot be written (Could not determine home directory.)" in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_costs_time_only(cache, monkeypatch, caplog):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", forbidden)
+
+    assert open_converted({"model": "a"}, write("whole"), read) == "whole"
+    assert "cannot be written ([Errno 13] Permission denied" in caplog.text
 
 
 def test_the_folder_is_in_the_users_cache_unless_one_is_named(monkeypatch, tmp_path):

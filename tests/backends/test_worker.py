@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from pydantic import PrivateAttr
 
+from langchain_rerank.backends import _worker
 from langchain_rerank.backends._worker import IDLE, IdleThread, Job, Scheduler
 from langchain_rerank.backends.base import collect_usage, report_usage
 from langchain_rerank.backends.local import Encoding, LocalBackend, sigmoid
@@ -192,7 +193,7 @@ class TestSharing:
         assert list(found) == [[(name, length) for length in lengths[name]] for name in range(200)]
         assert all(len(batch) * max(length for _, length in batch) <= max(100, batch[0][1]) for batch in model.batches)
         assert not scheduler._jobs
-        assert not scheduler._driven
+        assert scheduler._driver is None
 
     def test_no_thread_can_be_started_and_the_one_who_drives_goes_on(self, scheduler, model, pool):
         class Refusing(IdleThread):
@@ -254,6 +255,77 @@ class TestErrors:
         assert other.result(WAIT) == [("other", 50)]
         assert calls == [[("own", 50)] * 2, [("own", 50), ("other", 50)]]
         assert not scheduler._jobs
+
+    @pytest.mark.parametrize("place", ["_leave", "_drop", "_fill", "_step", "_failed", "deliver", "take"])
+    @pytest.mark.parametrize("after", [False, True])
+    def test_an_interruption_anywhere_leaves_the_others_somebody_who_drives(self, model, pool, place, after):
+        main = threading.current_thread()
+        places = []
+
+        def interrupted(method):
+            def call(self, *args, **kwargs):
+                begun = threading.current_thread() is main and model.began.is_set()
+                if places or not begun or (place == "take" and self is own):  # another's pairs are what may be lost
+                    return method(self, *args, **kwargs)
+                places.append(place)
+                if after:
+                    method(self, *args, **kwargs)
+                raise KeyboardInterrupt
+
+            return call
+
+        class Interrupted(Scheduler):
+            """In whose driving caller Ctrl+C is pressed once, at one place."""
+
+        class InterruptedJob(Job):
+            """As that."""
+
+        owner = InterruptedJob if hasattr(Job, place) else Interrupted
+        setattr(owner, place, interrupted(getattr(owner, place)))
+        scheduler = Interrupted()
+
+        def forward(pairs):
+            if threading.current_thread() is main and not model.began.is_set():
+                model.began.set()
+                waiting(scheduler, 3)
+                if place == "_failed":
+                    raise ValueError
+            return pairs
+
+        def ask(name):
+            assert model.began.wait(WAIT)
+            return scheduler.run(InterruptedJob([(name, 50)] * 3, [50] * 3, forward, lambda length: 4))
+
+        found = [pool.submit(ask, name) for name in "ab"]
+        own = InterruptedJob([("own", 50)] * 5, [50] * 5, forward, lambda length: 4)
+        with pytest.raises(KeyboardInterrupt):
+            scheduler.run(own)
+
+        assert [future.result(WAIT) for future in found] == [[("a", 50)] * 3, [("b", 50)] * 3]
+        assert places == [place]
+        assert scheduler.run(model.job("next", 1)) == [("next", 1)]
+
+    def test_a_driver_who_was_interrupted_before_it_could_leave_is_replaced(self, scheduler, model):
+        scheduler._enqueue(gone := model.job("gone", 1))
+        gone.answer.cancel()
+
+        assert scheduler.run(model.job("a", 1)) == [("a", 1)]
+        assert model.batches == [[("a", 1)]]
+
+    async def test_a_stop_iteration_reaches_who_awaits_and_who_blocks(self, scheduler):
+        def forward(pairs):
+            return [next(iter([]))]
+
+        def job(answer=None):
+            return Job([1], [1], forward, lambda length: 1, answer)
+
+        with pytest.raises(RuntimeError, match="StopIteration") as caught:
+            await asyncio.wait_for(scheduler.arun(job), WAIT)
+        assert isinstance(caught.value.__cause__, StopIteration)
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            scheduler.run(job())
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await asyncio.wait_for(scheduler.arun(lambda answer: next(iter([]))), WAIT)
 
     async def test_whatever_is_raised_while_tokenising_reaches_the_one_who_awaits(self, scheduler, model):
         class Panic(BaseException):
@@ -348,12 +420,14 @@ class TestThreads:
         gc.collect()
         assert reference() is None
 
-    def test_an_idle_thread_ends_at_once_when_nothing_refers_to_it(self):
+    def test_an_idle_thread_ends_at_once_when_nothing_refers_to_it(self, monkeypatch):
+        monkeypatch.setattr(_worker, "IDLE", 10 * WAIT)
         idle, called = IdleThread("rerank-test", threading.Condition()), threading.Event()
         idle.call(called.set)
         assert called.wait(WAIT)
         [thread] = [thread for thread in threads() if thread.name == "rerank-test"]
         del idle
+        thread.join(WAIT)
 
         assert not thread.is_alive()
 
@@ -578,6 +652,22 @@ class TestBackends:
 
         assert await asyncio.gather(*tasks) == [[sigmoid(1)] * 3] * 6
         assert tokenised == 3, "the largest, and beside it as many as reach 4 pairs"
+
+    async def test_a_call_that_is_cancelled_while_it_waits_for_room_is_not_tokenised(self):
+        backend = Gold(max_waiting=4)
+        backend.warmup()
+        backend._go.clear()
+        tasks = [asyncio.create_task(backend.ascore(f"{place}", ["gold"] * 3)) for place in range(4)]
+        await asyncio.to_thread(waiting, backend._queue, 3)
+        await asyncio.sleep(0.05)
+        tasks[3].cancel()
+        await asyncio.wait([tasks[3]])
+        assert await asyncio.to_thread(backend._lock.acquire, timeout=WAIT), "the cancelled call still waits"
+        backend._lock.release()
+        backend._go.set()
+
+        assert await asyncio.gather(*tasks[:3]) == [[sigmoid(1)] * 3] * 3
+        assert backend._encoded == ["warm", "0", "1", "2"]
 
     def test_a_call_larger_than_the_queue_is_answered(self):
         assert Gold(max_waiting=1).score("q", ["gold"] * 50) == [sigmoid(1)] * 50

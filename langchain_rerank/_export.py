@@ -1,30 +1,39 @@
-"""Export a cross-encoder's safetensors folder to `model.onnx` and `tokenizer.json`, which the embedded backend reads.
+"""A cross-encoder's safetensors folder as `model.onnx` and `tokenizer.json`, which the embedded backend reads.
 
-    python scripts/export_embedded.py SOURCE TARGET [--dtype float16]
-
-Any sequence-classification model with one label will do. Exporting needs torch, transformers 5 and onnxscript; reading
-the result needs none of them. The same source and the same versions give the same bytes. The graph has standard
-operators only and dynamic axes, and three things that change no score:
+The graph has standard operators only and dynamic axes, and these things beside the model's own operators:
 
 - With `float16` the weights are stored in half the bytes. They compute in float32: ONNX Runtime casts them at load.
+- With `int8` the matrices are stored in a quarter of the bytes, one scale for each column, and compute in float32
+  too. So a score does not depend on what else is in the batch, as it would with activations in int8; it is no faster.
 - Embedding tables stay float16 in memory; only a batch's rows are cast.
 - The last layer computes the first token alone, since the head reads no other.
+
+The same source and the same versions of torch and onnxscript give the same bytes.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
+import shutil
 import types
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
+
+from langchain_rerank._optional import require
+from langchain_rerank.errors import ConfigurationError, ModelLoadError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
+    from numpy.typing import NDArray
+
+Stored: TypeAlias = Literal["float32", "float16", "int8"]
+"""How weights are stored; they compute in float32."""
 
 TOLERANCE = 1e-3
 """Most that a logit of the graph may differ from torch's, with the same weights."""
@@ -32,29 +41,42 @@ TOLERANCE = 1e-3
 _SMALL = 4096
 """Tensors of fewer elements stay float32: there is nothing to save, and norms and biases fuse as they are."""
 
+_MATRIX = 2
+"""Dimensions of a matrix."""
+
 _SHAPES = ((2, 24), (1, 5), (3, 61))
 """Pairs and tokens of the batches on which graph and model are compared; the first is traced."""
 
 
-def export(source: Path, target: Path, *, dtype: str = "float16") -> None:
-    """Write `model.onnx` and `tokenizer.json`, once the graph has given the logits that torch gives.
+def export(source: Path | str, target: Path | str, *, dtype: Stored = "float16") -> None:
+    """Write `model.onnx`, `tokenizer.json` and `config.json`, once the graph has given the logits that torch gives.
 
     Args:
-        source: A folder with `config.json`, `model.safetensors` and `tokenizer.json`.
+        source: A folder with `config.json`, `model.safetensors` and `tokenizer.json`; a sequence-classification model
+            with one label.
         target: The folder to write to; made if it is not there.
-        dtype: How weights are stored: `float16` (rounded, if they are not yet) or `float32`.
+        dtype: How weights are stored. `float16` and `int8` round them, if they are not yet; the logits are compared
+            with those of torch with the same rounded weights.
 
     Raises:
-        ValueError: The model has more than one label, or the graph computes something else.
+        ConfigurationError: The dtype is unknown.
+        MissingDependencyError: torch, transformers or onnxscript is not installed.
+        ModelLoadError: There is no such model, it has more than one label, or the graph computes something else.
     """
+    require("torch", "transformers", "onnxscript", extra="train")
     import onnx_ir as ir
 
+    if dtype not in ("float32", "float16", "int8"):
+        raise ConfigurationError(f"dtype {dtype!r} cannot be stored; there are float32, float16 and int8")
+    source, target = Path(source), Path(target)
     model = _load(source, dtype)
     batches = [_example(model, pairs, tokens) for pairs, tokens in _SHAPES]
     expected = [model(**batch).logits.numpy() for batch in batches]
     exported = _trace(model, batches[0])
     _name_transposed(exported.graph, model.state_dict())
-    if dtype == "float16":
+    if dtype == "int8":
+        _store_as_int8(exported.graph)
+    if dtype != "float32":
         _store_as_float16(exported.graph)
     exported.metadata_props["max_length"] = str(_longest(model.config))
     proto = ir.to_proto(exported)
@@ -63,23 +85,49 @@ def export(source: Path, target: Path, *, dtype: str = "float16") -> None:
     _compare(content, batches, expected)
     target.mkdir(parents=True, exist_ok=True)
     (target / "model.onnx").write_bytes(content)
+    shutil.copyfile(source / "config.json", target / "config.json")
     _export_tokenizer(source / "tokenizer.json", target / "tokenizer.json", model.config.pad_token_id)
 
 
-def _load(source: Path, dtype: str) -> Any:
+def _load(source: Path, dtype: Stored) -> Any:
     """The model in float32, with the attention that exports to a few plain operators."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(
-        source, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-    )
+    from langchain_rerank.backends._torch import _no_bars
+
+    try:
+        with _no_bars():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                source, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            )
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{str(source)!r} cannot be exported: {' '.join(str(error).split())}") from error
     if model.config.num_labels != 1:
-        raise ValueError(f"{source} has {model.config.num_labels} labels; a reranker has one, the relevance")
+        raise ModelLoadError(f"{str(source)!r} has {model.config.num_labels} labels; a reranker has one, the relevance")
+    if not (source / "tokenizer.json").is_file():
+        raise ModelLoadError(f"{str(source)!r} cannot be exported: it has no tokenizer.json")
+    tables = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     for parameter in model.requires_grad_(requires_grad=False).parameters():
-        if dtype == "float16" and parameter.numel() >= _SMALL:
-            parameter.copy_(parameter.half())
+        if parameter.numel() >= _SMALL:
+            parameter.copy_(_rounded(parameter, "float16" if dtype == "int8" and parameter in tables else dtype))
     return model.eval()
+
+
+def _rounded(parameter: torch.Tensor, dtype: Stored) -> torch.Tensor:
+    """A weight as it will be stored."""
+    if dtype == "float16":
+        return parameter.half().float()
+    if dtype == "int8" and parameter.ndim == _MATRIX:
+        scale = parameter.new_tensor(_scales(parameter.numpy(), axis=1))
+        return (parameter / scale).round() * scale
+    return parameter
+
+
+def _scales(matrix: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+    """What one step of int8 means in each row or column, so that the largest weight is 127; never 0."""
+    largest = np.abs(matrix).max(axis=axis, keepdims=True)
+    return np.where(largest > 0, largest / 127, 1).astype(np.float32)
 
 
 def _example(model: Any, pairs: int, tokens: int) -> dict[str, torch.Tensor]:
@@ -96,17 +144,16 @@ def _example(model: Any, pairs: int, tokens: int) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _trace(model: Any, batch: dict[str, torch.Tensor]) -> ir.Model:
+def _trace(model: Any, batch: dict[str, torch.Tensor]) -> Any:
     """The model's graph, without the source lines and paths that torch notes in it."""
     import torch
 
     layers = getattr(getattr(model.base_model, "encoder", None), "layer", None)
-    if layers is not None and hasattr(getattr(layers[-1], "attention", None), "self"):
+    if layers is not None and hasattr(getattr(getattr(layers[-1], "attention", None), "self", None), "scaling"):
         layers[-1].forward = types.MethodType(_first_token, layers[-1])
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet("torch.onnx"):
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             model,
             kwargs=batch,
             input_names=list(batch),
@@ -118,6 +165,18 @@ def _trace(model: Any, batch: dict[str, torch.Tensor]) -> ir.Model:
     for part in (program.model, program.model.graph, *program.model.graph):
         part.metadata_props.clear()
     return program.model
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """No warnings of a library's logger meanwhile."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _first_token(layer: Any, hidden: torch.Tensor, mask: torch.Tensor | None = None, *_: Any, **__: Any) -> Any:
@@ -136,16 +195,16 @@ def _first_token(layer: Any, hidden: torch.Tensor, mask: torch.Tensor | None = N
     return layer.output(layer.intermediate(context), context)
 
 
-def _name_transposed(graph: ir.Graph, state: dict[str, torch.Tensor]) -> None:
+def _name_transposed(graph: Any, state: dict[str, torch.Tensor]) -> None:
     """Give the matrices that torch transposed and numbered their parameter's name back, with a `.T`."""
-    names = {tensor.T.numpy().tobytes(): name for name, tensor in state.items() if tensor.ndim == 2}
+    names = {tensor.T.numpy().tobytes(): name for name, tensor in state.items() if tensor.ndim == _MATRIX}
     for value in list(graph.initializers.values()):
         name = names.get(value.const_value.numpy().tobytes())
         if name is not None and value.name not in state:
             value.name = f"{name}.T"
 
 
-def _store_as_float16(graph: ir.Graph) -> None:
+def _store_as_float16(graph: Any) -> None:
     """Store each tensor that float16 holds exactly as such, and cast it, or the rows looked up in it, to float32."""
     import onnx_ir as ir
 
@@ -161,7 +220,39 @@ def _store_as_float16(graph: ir.Graph) -> None:
             _cast(graph, half)
 
 
-def _cast(graph: ir.Graph, half: ir.Value) -> None:
+def _store_as_int8(graph: Any) -> None:
+    """Store each matrix that is multiplied with as int8, with a scale for each column."""
+    import onnx_ir as ir
+
+    for name, value in list(graph.initializers.items()):
+        array = value.const_value.numpy()
+        users = [node for node, _ in value.uses()]
+        if array.ndim != _MATRIX or array.size < _SMALL or {node.op_type for node in users} != {"MatMul"}:
+            continue
+        scales = _scales(array, axis=0)
+        graph.initializers.pop(name)
+        small = _initializer(graph, f"{name}.int8", np.rint(array / scales).astype(np.int8))
+        scale = _initializer(graph, f"{name}.scale", scales)
+        # No DequantizeLinear: ONNX Runtime makes one operator of it and MatMul, which rounds activations too.
+        cast = ir.node("Cast", [small], attributes={"to": ir.DataType.FLOAT}, name=f"{name}.cast")
+        node = ir.node("Mul", [cast.outputs[0], scale], name=f"{name}.float32")
+        for each in (cast, node):
+            each.outputs[0].name = each.name
+        graph.insert_before(min(users, key=list(graph).index), [cast, node])
+        for user, index in list(value.uses()):
+            user.replace_input_with(index, node.outputs[0])
+
+
+def _initializer(graph: Any, name: str, array: NDArray[Any]) -> ir.Value:
+    import onnx_ir as ir
+
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+    graph.register_initializer(value)
+    return value
+
+
+def _cast(graph: Any, half: ir.Value) -> None:
     """Let whatever reads a value read it in float32."""
     import onnx_ir as ir
 
@@ -180,7 +271,7 @@ def _longest(config: Any) -> int:
     return int(config.max_position_embeddings) - offset
 
 
-def _compare(content: bytes, batches: list[dict[str, torch.Tensor]], expected: list[np.ndarray]) -> None:
+def _compare(content: bytes, batches: list[dict[str, torch.Tensor]], expected: list[NDArray[np.float32]]) -> None:
     """Run the graph, and refuse it where its logits are not torch's."""
     import onnxruntime
 
@@ -189,7 +280,7 @@ def _compare(content: bytes, batches: list[dict[str, torch.Tensor]], expected: l
         [found] = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
         difference = np.abs(found - logits).max() if found.shape == logits.shape else np.nan
         if not difference <= TOLERANCE:
-            raise ValueError(f"The graph's logits differ from torch's by {difference}: {found} and {logits}")
+            raise ModelLoadError(f"The graph's logits differ from torch's by {difference}: {found} and {logits}")
 
 
 def _export_tokenizer(source: Path, target: Path, pad_token_id: int) -> None:
@@ -200,17 +291,3 @@ def _export_tokenizer(source: Path, target: Path, pad_token_id: int) -> None:
     tokenizer.no_truncation()
     tokenizer.enable_padding(pad_id=pad_token_id, pad_token=tokenizer.id_to_token(pad_token_id))
     tokenizer.save(str(target))
-
-
-def main() -> None:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Export a cross-encoder to model.onnx and tokenizer.json.")
-    parser.add_argument("source", type=Path, help="folder with config.json, model.safetensors and tokenizer.json")
-    parser.add_argument("target", type=Path, help="folder to write to")
-    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="how weights are stored")
-    arguments = parser.parse_args()
-    export(arguments.source, arguments.target, dtype=arguments.dtype)
-
-
-if __name__ == "__main__":
-    main()

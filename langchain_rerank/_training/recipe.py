@@ -1,0 +1,186 @@
+"""What a training does, in one object or one YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from langchain_rerank.errors import ConfigurationError
+from langchain_rerank.factory import expand, read_yaml, refuse_unknown, validated
+
+Synthetic = Literal["title", "first_sentence", "llm"]
+
+
+class Strict(BaseModel):
+    """Options that refuse what they do not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SetOptions(Strict):
+    """One collection to learn from."""
+
+    path: Path
+    """A folder in BEIR layout, or a file of JSON lines: pairs (`query`, `positive`, perhaps `negatives` and `grade`)
+    or documents alone (`text`, perhaps `title`)."""
+
+    name: str = ""
+    """What the set is called in groups, report and card; by default as its file or folder, and what is synthetic."""
+
+    queries: int | None = Field(default=None, ge=1)
+    """Most queries to take, drawn by the seed; `None` takes all. Of an LLM's, most documents to ask it about."""
+
+    documents: int | None = Field(default=None, ge=1)
+    """Most documents to look for hard negatives in: those that answer a query taken, and others drawn by the seed."""
+
+    synthetic: Synthetic | None = None
+    """Make up the queries: a document's title, or its first sentence, asks for the rest of it, or the recipe's `llm` is
+    asked for a question. Documents without labels need this. Such queries are marked as synthetic everywhere, and never
+    used to judge the model."""
+
+    licence: str | None = None
+    """For the model card. `None` reads the line `- licence:` of the folder's SOURCE.md, if there is one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, options: Any) -> Any:
+        if not isinstance(options, Mapping) or options.get("name") or not options.get("path"):
+            return options
+        stem, synthetic = Path(options["path"]).name.split(".")[0], options.get("synthetic")
+        return {**options, "name": f"{stem} ({synthetic})" if synthetic else stem}
+
+
+class Recipe(Strict):
+    """All that a training depends on, beside the data; the same recipe and versions give the same model.
+
+    Source of the defaults: Nogueira and Cho, 2019 (https://arxiv.org/abs/1901.04085) for the model, Cao et al., 2007
+    (ListNet, https://doi.org/10.1145/1273496.1273513) for the loss over a group, and what was measured for the
+    embedded model (docs/training.md).
+    """
+
+    base: str
+    """A sequence-classification cross-encoder, or a plain encoder, which gets a fresh head: a folder or a name on the
+    hub. `embedded` is the model in the package; a folder that was exported to ONNX will do as well."""
+
+    sets: Annotated[tuple[SetOptions, ...], Field(min_length=1)]
+    """What to learn from."""
+
+    llm: str | None = None
+    """A chat model as LangChain's `init_chat_model` takes it, such as `openai:gpt-5-mini`: it makes up the queries
+    of the sets with `synthetic: llm`."""
+
+    seed: int = 0
+
+    max_length: int = Field(default=256, ge=32)
+    """Most tokens of query and passage together; a text's end is cut."""
+
+    layers: int | None = Field(default=None, ge=1)
+    """Keep so many of the base's layers, at equal distances, the last among them; `None` keeps all."""
+
+    embedding: str | None = None
+    """A sentence-transformers model as second first stage for hard negatives, beside BM25."""
+
+    fetch_k: int = Field(default=30, ge=2)
+    """How many candidates each first stage finds for a query."""
+
+    group_size: int = Field(default=8, ge=2)
+    """Passages that are ranked against each other for one query in training."""
+
+    teacher: dict[str, float] = Field(default_factory=dict)
+    """Whose scores to learn, with their weights: `bm25`, `dense` (the embedding), or any reranker, such as
+    `bge:BAAI/bge-reranker-v2-m3`. Each is standardised within a group, then added up. Empty learns the labels alone."""
+
+    label_bonus: float = Field(default=2.0, ge=0)
+    """What a label is worth beside the teachers, in their standard deviations, for the highest grade."""
+
+    near_duplicate: float = Field(default=0.8, gt=0, le=1)
+    """A candidate that is so similar to a right answer (Jaccard, word shingles) is no negative."""
+
+    listwise: float = Field(default=1.0, ge=0)
+    """Weight of the cross-entropy between the group's softmax of targets and of logits."""
+
+    pointwise: float = Field(default=0.1, ge=0)
+    """Weight of the binary cross-entropy of each labelled pair, which gives scores their place in [0, 1]."""
+
+    label_smoothing: float = Field(default=0.05, ge=0, lt=0.5)
+    """How far the pointwise targets stay from 0 and 1."""
+
+    epochs: float = Field(default=1.0, gt=0)
+    learning_rate: float = Field(default=5e-5, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Part of the steps in which the learning rate rises."""
+
+    batch_size: int = Field(default=8, ge=1)
+    """Queries that one step learns from."""
+
+    batch_pairs: int = Field(default=32, ge=1)
+    """Pairs that go through the model together, longest first. The gradient is the same but for rounding."""
+
+    recompute: bool = False
+    """Compute each `batch_pairs` again for its gradient, so that no more of them are in memory at once than that; else
+    all `batch_size` times `group_size` are. Slower, and the same gradient."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16 computes in mixed precision: weights stay float32. `auto` takes it where the hardware has it."""
+
+    device: str | None = None
+    """A torch device; `None` takes CUDA if it is there, else the CPU."""
+
+    held_out: int = Field(default=200, ge=0)
+    """Labelled queries that are never trained on: nDCG@10 on them chooses the best checkpoint and is reported."""
+
+    evaluations: int = Field(default=4, ge=1)
+    """How often the held-out queries are asked, at equal distances; each leaves a checkpoint to resume from."""
+
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations without a better nDCG@10; `None` goes on to the end."""
+
+
+def read_recipe(spec: Recipe | Path | str | Mapping[str, Any], /, **options: Any) -> Recipe:
+    """A recipe from an object, a mapping or a YAML file; `${VAR}` in a string is an environment variable.
+
+    Args:
+        spec: The recipe. Paths of sets in a file are relative to the file.
+        options: Options that come before the recipe's own.
+
+    Raises:
+        ConfigurationError: The file is not there, or an option is unknown or wrong; the message names the nearest.
+    """
+    if isinstance(spec, Recipe):
+        spec = spec.model_dump(exclude_unset=True)
+    folder = Path()
+    if not isinstance(spec, Mapping):
+        folder, found = Path(spec).parent, read_yaml(Path(spec))
+        if not isinstance(found, dict):
+            raise ConfigurationError(f"{spec} holds a list; a training recipe is a mapping with base and sets")
+        spec = found
+    merged = expand({**spec, **options})
+    _refuse_unknown(merged)
+    recipe: Recipe = validated("training recipe", Recipe, merged)
+    _refuse_namesakes(recipe)
+    placed = tuple(each.model_copy(update={"path": folder / each.path.expanduser()}) for each in recipe.sets)
+    return recipe.model_copy(update={"sets": placed, "base": _placed(folder, recipe.base)})
+
+
+def _refuse_unknown(merged: Mapping[str, Any]) -> None:
+    refuse_unknown("a training recipe", merged, Recipe.model_fields)
+    sets = merged.get("sets")
+    for each in sets if isinstance(sets, list | tuple) else ():
+        if isinstance(each, Mapping):
+            refuse_unknown("a set of a training recipe", each, SetOptions.model_fields)
+
+
+def _refuse_namesakes(recipe: Recipe) -> None:
+    """Refuse two sets of one name, which report and card could not tell apart."""
+    names = [each.name for each in recipe.sets]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigurationError(f"{names.count(name)} sets are called {name!r}; give each its own name=")
+
+
+def _placed(folder: Path, base: str) -> str:
+    """A base that is a folder beside the file, as such; else the name as it stands."""
+    return str(folder / base) if (folder / base).is_dir() else base

@@ -1,0 +1,180 @@
+"""What a training gave: the same held-out queries before and after, and the model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+
+from sentence_transformers.cross_encoder import CrossEncoder
+
+from langchain_rerank._training.fit import rank
+from langchain_rerank._training.prepare import Prepared, Question
+from langchain_rerank._training.recipe import Recipe
+from langchain_rerank.evaluation import METRICS, Interval, bootstrap, score_run
+
+_MADE_BY = {
+    "title": "synthetic (the documents' titles)",
+    "first_sentence": "synthetic (the documents' first sentences)",
+    "llm": "synthetic (written by an LLM)",
+}
+
+_VERSIONS = ("langchain-rerank", "torch", "transformers", "sentence-transformers")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How well somebody ordered what BM25 found for the held-out queries."""
+
+    scores: Mapping[str, Mapping[str, float]]
+    """Metric to query to value, in [0, 1]."""
+
+    seconds: float | None = None
+    """How long that took; `None` for the first stage."""
+
+    def mean(self, metric: str) -> float:
+        """A metric's mean over the queries."""
+        return fmean(self.scores[metric].values())
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a training gave. All figures are of held-out queries of the sets that it learned from."""
+
+    folder: Path
+    """Where the model and its card are."""
+
+    groups: int
+    """How many queries it learned from."""
+
+    pairs: int
+    """How many pairs of held-out query and passage were scored."""
+
+    seconds: float
+    """Of training alone."""
+
+    first_stage: Ranking | None
+    """BM25's own order; `None` where no query was held out."""
+
+    base: Ranking | None
+    """The base's, before training; `None` too for a plain encoder, whose head was fresh."""
+
+    trained: Ranking | None
+    """The model's."""
+
+    sets: Mapping[str, int]
+    """How many held-out queries come from each set."""
+
+    def difference(self, before: Ranking | None) -> Interval | None:
+        """The paired difference of nDCG@10 between the trained model and what was before it."""
+        if before is None or self.trained is None:
+            return None
+        old, new = before.scores["nDCG@10"], self.trained.scores["nDCG@10"]
+        return bootstrap([new[query] - old[query] for query in new])
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table's cells: what, first stage, base, trained."""
+        stages = (self.first_stage, self.base, self.trained)
+        speeds = (_speed(stage, self.pairs) for stage in stages)
+        table = [(metric, *(_cell(stage, metric) for stage in stages)) for metric in METRICS]
+        return [*table, ("pairs per second", *speeds)]
+
+
+def _cell(stage: Ranking | None, metric: str) -> str:
+    return "-" if stage is None else f"{stage.mean(metric):.3f}"
+
+
+def _speed(stage: Ranking | None, pairs: int) -> str:
+    return "-" if stage is None or not stage.seconds else f"{pairs / stage.seconds:.0f}"
+
+
+def judge_first_stage(questions: Sequence[Question]) -> Ranking | None:
+    """BM25's order of the held-out queries."""
+    return _ranking(questions, {each.query_id: list(each.documents) for each in questions}) if questions else None
+
+
+def judge(model: CrossEncoder, questions: Sequence[Question], recipe: Recipe) -> Ranking | None:
+    """A model's order of the same passages, and how long it took, on the device and in the dtype of the training."""
+    if not questions:
+        return None
+    start = time.perf_counter()
+    run = rank(model, questions, recipe)
+    return _ranking(questions, run, time.perf_counter() - start)
+
+
+def _ranking(questions: Sequence[Question], run: Mapping[str, Sequence[str]], seconds: float | None = None) -> Ranking:
+    return Ranking(score_run({each.query_id: each.grades for each in questions}, run), seconds)
+
+
+def write_report(report: TrainingReport, recipe: Recipe, prepared: Prepared) -> None:
+    """Write `training.json`, with each query's values, and `README.md`, the model card."""
+    content = {"recipe": recipe.model_dump(mode="json"), **asdict(report), "folder": report.folder.name}
+    (report.folder / "training.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    (report.folder / "README.md").write_text(_card(report, recipe, prepared), encoding="utf-8")
+
+
+def read_report(folder: Path) -> TrainingReport | None:
+    """What `write_report` wrote there, if it did."""
+    file = folder / "training.json"
+    if not file.is_file():
+        return None
+    content = json.loads(file.read_text(encoding="utf-8"))
+    given = {each.name: content[each.name] for each in fields(TrainingReport)}
+    stages = {name: given[name] and Ranking(**given[name]) for name in ("first_stage", "base", "trained")}
+    return TrainingReport(**{**given, **stages, "folder": folder})
+
+
+def _card(report: TrainingReport, recipe: Recipe, prepared: Prepared) -> str:
+    """The model card, in Markdown."""
+    versions = ", ".join(f"{name} {version(name)}" for name in _VERSIONS)
+    settings = recipe.model_dump(mode="json", exclude={"sets", "base"})
+    parts = [
+        "---\nlibrary_name: langchain-rerank\npipeline_tag: text-ranking\n---\n",
+        f"# {report.folder.name}: a reranker\n",
+        f"A cross-encoder with one logit, trained from `{Path(recipe.base).name}` on {report.groups} queries",
+        f"in {report.seconds / 60:.0f} minutes ({platform.machine()}, {versions}).\n",
+        "```python\nfrom langchain_rerank import init_reranker\n",
+        f'reranker = init_reranker("cross-encoder:{report.folder.name}")  # the path of this folder',
+        "```\n",
+        "## Data\n",
+        _data(prepared),
+        "## Before and after\n",
+        _before_and_after(report),
+        "## Settings\n",
+        "```json\n" + json.dumps(settings, indent=1) + "\n```\n",
+    ]
+    return "\n".join(parts)
+
+
+def _data(prepared: Prepared) -> str:
+    """A table of the sets."""
+    lines = ["| set | queries learned from | queries are | licence |", "|---|---|---|---|"]
+    for each in prepared.sets:
+        count = sum(group.name == each.name for group in prepared.groups)
+        kind = _MADE_BY[each.synthetic] if each.synthetic else "the set's own"
+        lines.append(f"| {each.name} | {count} | {kind} | {each.licence.replace('|', '/')} |")
+    return "\n".join(lines) + "\n"
+
+
+def _before_and_after(report: TrainingReport) -> str:
+    """The table of the held-out queries, with the paired intervals."""
+    if report.trained is None:
+        return "No query was held out, so nothing was measured.\n"
+    held_out = ", ".join(f"{count} of {name}" for name, count in report.sets.items())
+    lines = [
+        f"The candidates are BM25's, of {sum(report.sets.values())} queries that were not trained on: {held_out}.",
+        "They chose the checkpoint too, and come from the sets that were trained on: other data will see less gain.\n",
+        "| | BM25 | base | trained |",
+        "|---|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in report.rows()),
+        "",
+    ]
+    for name, before in (("BM25", report.first_stage), ("the base", report.base)):
+        if (difference := report.difference(before)) is not None:
+            lines.append(f"nDCG@10 against {name}: {difference}.")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,831 @@
+"""Training: from pairs to groups, to a model that both ways of loading take, with mistakes on the way."""
+
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+import torch
+import yaml
+from langchain_core.language_models import SimpleChatModel
+from onnx import numpy_helper
+from pydantic import PrivateAttr
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.cross_encoder.losses import ListNetLoss
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch.nn import functional
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+)
+from typer.testing import CliRunner
+
+from langchain_rerank import init_reranker
+from langchain_rerank._training.asking import make_llm
+from langchain_rerank._training.base import place_base
+from langchain_rerank._training.fit import GroupLoss, _last_checkpoint, keep_layers, load_base
+from langchain_rerank._training.mining import Candidates, GroupMaker, read_groups
+from langchain_rerank._training.sets import TrainingSet, read_set
+from langchain_rerank.backends.cross_encoder import CrossEncoderBackend
+from langchain_rerank.backends.embedded import EmbeddedBackend
+from langchain_rerank.cli import app
+from langchain_rerank.data import EMBEDDED_MODEL, Collection
+from langchain_rerank.errors import BackendError, ConfigurationError, MissingDependencyError, ModelLoadError
+from langchain_rerank.training import Recipe, SetOptions, export_reranker, read_recipe, train_reranker
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "training" / "embedded.yaml"
+COLOURS = ("red", "blue", "green", "yellow", "white", "black", "orange", "brown")
+THINGS = ("planet", "moon", "star", "ring", "comet")
+FACTS = [
+    (f"Which {thing} is {colour}?", f"The {colour} {thing} turns around the sun in {10 * len(colour) + i} days.")
+    for i, (thing, colour) in enumerate(product(THINGS, COLOURS))
+]
+SETTINGS = {"held_out": 8, "group_size": 4, "batch_size": 4, "evaluations": 2, "learning_rate": 1e-3}
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """A file of 40 questions, each with its answer."""
+    rows = ({"query": query, "positive": answer} for query, answer in FACTS)
+    return write(tmp_path_factory.mktemp("data") / "pairs.jsonl", *rows)
+
+
+@pytest.fixture(scope="session")
+def articles(tmp_path_factory):
+    """A file of 20 documents with titles and nothing asked of them."""
+    rows = (
+        {"title": f"Orbit_of {fact}", "text": f"This is about it and number {i}. {fact} {fact} It was seen {i} times."}
+        for i, (_, fact) in enumerate(FACTS[:20])
+    )
+    return write(tmp_path_factory.mktemp("data") / "articles.jsonl", *rows)
+
+
+@pytest.fixture(scope="session")
+def tiny_embedding(tiny_bert, tmp_path_factory):
+    """A sentence-transformers model."""
+    folder = tmp_path_factory.mktemp("embedding")
+    encoder = Transformer(tiny_bert)
+    SentenceTransformer(modules=[encoder, Pooling(encoder.get_embedding_dimension())], device="cpu").save(str(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def plain_bert(tiny_bert, tmp_path_factory):
+    """The encoder of the tiny cross-encoder, without its head."""
+    folder = tmp_path_factory.mktemp("plain")
+    BertModel.from_pretrained(tiny_bert).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_bert, pairs, tmp_path_factory):
+    """The report of a training on the 40 questions."""
+    return train(tiny_bert, pairs, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def learn(tiny_bert, pairs):
+    """Trains into a folder as `trained` was."""
+    return lambda folder, **options: train(tiny_bert, pairs, folder, **options)
+
+
+def train(base, data, folder, **options):
+    recipe = {"base": base, "sets": [{"path": data}], **SETTINGS, **options}
+    return train_reranker(recipe, folder, progress=False)
+
+
+def groups_of(folder):
+    return read_groups(folder / "groups.jsonl")
+
+
+def held_out_of(folder):
+    return [json.loads(line) for line in (folder / "held_out.jsonl").read_text("utf-8").splitlines()]
+
+
+# Data ---------------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_become_a_collection_in_which_each_text_stands_once(tmp_path):
+    path = write(
+        tmp_path / "pairs.jsonl",
+        {"query": "red?", "positive": "Mars", "negatives": ["Venus", "Jupiter"]},
+        {"query": "red?", "positive": "Betelgeuse", "grade": 2},
+        {"query": "hot?", "positive": "Venus", "negatives": None},
+        {"query": "red?", "positive": "Mars", "grade": 0},
+    )
+
+    read = read_set(SetOptions(path=path), seed=0).collection
+
+    corpus, queries = read.corpus, read.queries
+    assert sorted(corpus.values()) == ["Betelgeuse", "Jupiter", "Mars", "Venus"]
+    assert {queries[key]: {corpus[each]: grade for each, grade in read.qrels[key].items()} for key in queries} == {
+        "red?": {"Mars": 1, "Venus": 0, "Jupiter": 0, "Betelgeuse": 2},
+        "hot?": {"Venus": 1},
+    }
+
+
+def test_a_beir_folder_is_read_with_its_licence_and_without_empty_texts(tmp_path):
+    write(tmp_path / "corpus.jsonl", {"_id": "a", "text": "Mars"}, {"_id": "b", "text": " "}, {"_id": "c", "text": "d"})
+    write(tmp_path / "queries.jsonl", {"_id": "1", "text": "red?"}, {"_id": "2", "text": ""}, {"_id": "3", "text": "?"})
+    (tmp_path / "qrels.tsv").write_text("1\ta\t1\n1\tb\t1\n2\ta\t1\n3\tb\t1\n")
+    (tmp_path / "SOURCE.md").write_text("# a\n\n- licence: CC BY 4.0 (readme.txt)\n")
+
+    read = read_set(SetOptions(path=tmp_path, name="planets"), seed=0)
+
+    assert (read.name, read.licence, read.synthetic) == ("planets", "CC BY 4.0 (readme.txt)", None)
+    assert read.collection == Collection({"a": "Mars", "c": "d"}, {"1": "red?"}, {"1": {"a": 1}})
+
+
+def test_the_seed_draws_queries_and_documents_and_keeps_their_answers(pairs):
+    options = SetOptions(path=pairs, queries=10, documents=15)
+    one, again, other = (read_set(options, seed).collection for seed in (1, 1, 2))
+
+    assert one == again
+    assert one.queries != other.queries
+    assert (len(one.queries), len(one.corpus)) == (10, 15)
+    assert all(key in one.corpus for grades in one.qrels.values() for key in grades)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", r"line 3: expected JSON, found '\{"),
+        ("7", r"line 3: expected \{\"query\""),
+        ('{"query": "red?"}', "line 3: expected"),
+        ('{"query": "red?", "positive": ""}', "texts that are not empty"),
+        ('{"query": null, "positive": "Mars"}', "line 3: expected"),
+        ('{"query": "red?", "positive": "Mars", "negatives": "Venus"}', "line 3: expected"),
+        ('{"query": "red?", "positive": "Mars", "grade": 0.5}', "a whole number"),
+        ('{"query": "red?", "positive": "Mars", "grade": true}', "a whole number"),
+    ],
+)
+def test_a_bad_line_of_pairs_is_named(line, problem, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"query": "red?", "positive": "Mars"}\n\n' + line + "\n")
+
+    with pytest.raises(ConfigurationError, match=problem):
+        read_set(SetOptions(path=tmp_path / "pairs.jsonl"), seed=0)
+
+
+def test_a_set_that_is_not_there_or_teaches_nothing_is_refused(tmp_path):
+    write(tmp_path / "pairs.jsonl", {"query": "red?", "positive": "Venus", "grade": 0})
+    write(tmp_path / "texts.jsonl", {"text": "Mars"}, {"title": "Venus"})
+
+    with pytest.raises(ConfigurationError, match=r"Cannot read .*none\.jsonl: No such file"):
+        read_set(SetOptions(path=tmp_path / "none.jsonl"), seed=0)
+    with pytest.raises(ConfigurationError, match=r"pairs\.jsonl has no query with a right answer"):
+        read_set(SetOptions(path=tmp_path / "pairs.jsonl"), seed=0)
+    with pytest.raises(ConfigurationError, match=r'texts\.jsonl, line 2: expected \{"text": \.\.\.\}'):
+        read_set(SetOptions(path=tmp_path / "texts.jsonl", synthetic="title"), seed=0)
+
+
+def test_a_title_asks_for_its_text(articles):
+    read = read_set(SetOptions(path=articles, synthetic="title"), seed=0)
+
+    fact = FACTS[0][1]
+    assert (read.name, read.synthetic) == ("articles (title)", "title")
+    assert read.collection.queries["1"] == f"Orbit of {fact}"
+    assert read.collection.corpus["1"].startswith("This is about it")
+    assert read.collection.qrels["1"] == {"1": 1}
+
+
+def test_a_first_sentence_asks_for_the_rest(articles):
+    read = read_set(SetOptions(path=articles, synthetic="first_sentence"), seed=0).collection
+
+    assert read.queries["3"] == "This is about it and number 2."
+    assert read.corpus["3"].startswith(FACTS[2][1])
+
+
+def test_a_short_text_is_searched_in_and_not_asked_for(tmp_path, articles):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(articles.read_text("utf-8") + '{"title": "Short", "text": "Too short."}\n', encoding="utf-8")
+
+    read = read_set(SetOptions(path=path, synthetic="title"), seed=0).collection
+
+    assert "21" in read.corpus
+    assert "21" not in read.queries
+
+
+# Queries of an LLM ----------------------------------------------------------------------------------------------------
+
+
+class Questioner(SimpleChatModel):
+    """Asks about the last word of a passage, with a few words before that; breaks down after so many answers."""
+
+    answers: int = 1000
+    _asked: list = PrivateAttr(default_factory=list)
+
+    @property
+    def _llm_type(self):
+        return "questioner"
+
+    def _call(self, messages, stop=None, run_manager=None, **kwargs):
+        if len(self._asked) >= self.answers:
+            raise RuntimeError("no money left")
+        self._asked.append(messages[0].content)
+        return f'Here it is:\n\n"What about {messages[0].content.split()[-1]}"'
+
+
+def test_an_llm_is_asked_one_question_for_each_passage_drawn(tiny_bert, articles, tmp_path):
+    llm = Questioner()
+    sets = [{"path": articles, "synthetic": "llm", "queries": 12}]
+
+    report = train_reranker({"base": tiny_bert, "sets": sets, **SETTINGS}, tmp_path, llm=llm, progress=False)
+
+    assert len(llm._asked) == 12
+    assert all(prompt.startswith("Write one question that the passage below answers") for prompt in llm._asked)
+    assert {(group.query, group.synthetic) for group in groups_of(tmp_path)} == {("What about times.", True)}
+    assert (
+        "| articles (llm) | 12 | synthetic (written by an LLM) | not stated |" in (tmp_path / "README.md").read_text()
+    )
+    assert report.trained is None
+
+
+def test_what_an_llm_said_is_not_asked_for_again(tiny_bert, articles, tmp_path):
+    recipe = {"base": tiny_bert, "sets": [{"path": articles, "synthetic": "llm"}], **SETTINGS}
+    with pytest.raises(BackendError, match=r"The LLM failed: no money left\. What it said so far is kept in .*jsonl"):
+        train_reranker(recipe, tmp_path, llm=Questioner(answers=8), progress=False)
+
+    rich = Questioner()
+    train_reranker(recipe, tmp_path, llm=rich, progress=False)
+
+    assert len(rich._asked) == 20 - 8
+
+
+def test_an_llm_is_made_from_its_name_as_langchain_does():
+    with pytest.raises(ConfigurationError, match=r"llm='nobody:a': .*nobody"):
+        make_llm("nobody:a")
+    with pytest.raises(MissingDependencyError, match=r"llm='groq:a': .*langchain-groq"):
+        make_llm("groq:a")
+
+
+def test_queries_of_an_llm_need_one(articles):
+    with pytest.raises(ConfigurationError, match="with synthetic: llm, and there is no llm"):
+        read_set(SetOptions(path=articles, synthetic="llm"), seed=0)
+
+
+# Groups ---------------------------------------------------------------------------------------------------------------
+
+
+def made(recipe, corpus, grades, **stages):
+    """The group of one query, for which the stages found what they did: document id to score."""
+    training_set = TrainingSet("s", Collection(corpus, {"q": "red?"}, {"q": grades}), None, "")
+    settled = Recipe(base="b", sets=({"path": "p"},), **recipe)
+    return GroupMaker(settled, {})(training_set, "q", Candidates("red?", stages))
+
+
+CORPUS = {str(i): f"Number {i} is about {word} alone." for i, word in enumerate(COLOURS)}
+
+
+def test_a_group_holds_the_answer_judged_negatives_and_hard_ones():
+    group = made({"group_size": 4}, CORPUS, {"0": 2, "5": 0, "1": 1}, bm25={"2": 3.0, "0": 2.0, "1": 1.5, "3": 1.0})
+
+    assert group.docs[:2] == [CORPUS["0"], CORPUS["5"]]
+    assert set(group.docs[2:]) == {CORPUS["2"], CORPUS["3"]}
+    assert group.relevance == [1.0, 0.0, 0.0, 0.0]
+    assert group.targets == [5.0, 0.0, 0.0, 0.0]
+
+
+def test_what_repeats_the_answer_is_no_negative():
+    corpus = {**CORPUS, "copy": CORPUS["0"].upper()}
+
+    group = made({}, corpus, {"0": 1}, bm25={"copy": 3.0, "2": 2.0})
+
+    assert group.docs == [CORPUS["0"], CORPUS["2"]]
+
+
+def test_a_candidate_that_the_teacher_likes_better_is_doubtful_and_not_wrong():
+    group = made({"teacher": {"bm25": 1}}, CORPUS, {"0": 1, "4": 0}, bm25={"2": 9.0, "0": 5.0, "4": 8.0, "3": 1.0})
+    relevance = dict(zip(group.docs, group.relevance, strict=True))
+
+    assert relevance == {CORPUS["0"]: 1.0, CORPUS["2"]: -1.0, CORPUS["3"]: 0.0, CORPUS["4"]: 0.0}
+
+
+def test_a_teachers_scores_are_standardised_and_the_label_comes_on_top():
+    recipe = {"teacher": {"bm25": 2}, "label_bonus": 3}
+    group = made(recipe, CORPUS, {"0": 1}, bm25={"0": 1.0, "1": 4.0, "2": 4.0, "3": 7.0})
+    targets = dict(zip(group.docs, group.targets, strict=True))
+
+    deviation = np.std([1, 4, 4, 7])
+    assert targets[CORPUS["0"]] == pytest.approx(2 * -3 / deviation + 3, abs=1e-4)
+    assert targets[CORPUS["3"]] == pytest.approx(2 * 3 / deviation, abs=1e-4)
+
+
+def test_a_query_for_which_nothing_but_answers_was_found_makes_no_group():
+    assert made({}, CORPUS, {"0": 1, "1": 1}, bm25={"0": 2.0, "1": 1.0}) is None
+
+
+def test_sets_without_any_negative_are_refused(tiny_bert, tmp_path):
+    path = write(tmp_path / "few.jsonl", {"query": "red?", "positive": "Mars is red."})
+
+    with pytest.raises(ConfigurationError, match="No query of few has a negative beside its answers"):
+        train(tiny_bert, path, tmp_path / "out")
+
+
+def test_a_set_smaller_than_a_group_is_learned_from(tiny_bert, tmp_path):
+    rows = ({"query": query, "positive": answer} for query, answer in FACTS[:3])
+
+    report = train(tiny_bert, write(tmp_path / "few.jsonl", *rows), tmp_path / "out", group_size=8)
+
+    assert (report.groups, report.trained) == (3, None)
+    assert {len(group.docs) for group in groups_of(tmp_path / "out")} == {3}
+    assert "No query was held out" in (tmp_path / "out/README.md").read_text()
+
+
+def test_all_kinds_of_teachers_are_added_up(tiny_bert, tiny_embedding, pairs, tmp_path):
+    teacher = {"bm25": 1, "dense": 1, "embedded": 1}
+
+    train(tiny_bert, pairs, tmp_path, teacher=teacher, embedding=tiny_embedding, label_bonus=0)
+
+    for group in groups_of(tmp_path):
+        assert len(group.docs) == 4
+        assert sum(group.targets) == pytest.approx(0, abs=1e-3)
+        assert 0 < max(group.targets) <= 3 * np.sqrt(3)
+
+
+def test_held_out_queries_are_in_no_group_wherever_they_stand(tiny_bert, pairs, articles, tmp_path):
+    again = shutil.copy(pairs, tmp_path / "again.jsonl")
+    sets = [{"path": pairs}, {"path": again}, {"path": articles, "synthetic": "title"}]
+
+    report = train(tiny_bert, None, tmp_path / "out", sets=sets)
+    groups, held_out = groups_of(tmp_path / "out"), held_out_of(tmp_path / "out")
+
+    assert {question["name"] for question in held_out} == {"pairs", "again"}
+    assert report.sets == {"pairs": 4, "again": 4}
+    assert {group.synthetic for group in groups if group.name == "articles (title)"} == {True}
+    assert not {question["query"] for question in held_out} & {group.query for group in groups}
+    assert len({group.query for group in groups if not group.synthetic}) >= 40 - 8
+
+
+# The loss -------------------------------------------------------------------------------------------------------------
+
+QUERIES = ["red planet?", "largest planet?"]
+PASSAGES = [["Mars is the red planet.", "Venus", "Saturn has rings of ice and rock."], ["Jupiter", "The moon"]]
+RELEVANCE = [[1.0, 0.0, -1.0], [0.5, 0.0]]
+TARGETS = [torch.tensor([2.0, 0.5, -1.0]), torch.tensor([1.0, 0.0])]
+
+
+def loss_of(base, **options):
+    recipe = Recipe(base=base, sets=({"path": "p"},), device="cpu", **options)
+    model = load_base(base, recipe)
+    loss = GroupLoss(model, recipe)([QUERIES, PASSAGES, RELEVANCE], TARGETS)
+    loss.backward()
+    return model, loss.item(), {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+
+
+def test_the_listwise_loss_is_that_of_sentence_transformers(tiny_bert):
+    model, loss, _ = loss_of(tiny_bert, pointwise=0)
+    theirs = [
+        ListNetLoss(model)([[query], [texts]], [targets]).item()
+        for query, texts, targets in zip(QUERIES, PASSAGES, TARGETS, strict=True)
+    ]
+
+    assert loss == pytest.approx(np.mean(theirs), abs=1e-5)
+
+
+def test_the_pointwise_loss_is_binary_cross_entropy_where_the_answer_is_known(tiny_bert):
+    model, loss, _ = loss_of(tiny_bert, listwise=0, pointwise=1, label_smoothing=0.1)
+    known = [(0, 0, 0.9), (0, 1, 0.1), (1, 0, 0.5), (1, 1, 0.1)]
+    logits = model.predict([(QUERIES[i], PASSAGES[i][j]) for i, j, _ in known], convert_to_tensor=True)
+
+    targets = torch.tensor([target for *_, target in known])
+    assert loss == pytest.approx(functional.binary_cross_entropy_with_logits(logits, targets).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"batch_pairs": 1}, {"batch_pairs": 2, "recompute": True}])
+def test_the_gradient_is_the_same_however_many_pairs_are_in_memory(options, tiny_bert):
+    _, loss, gradients = loss_of(tiny_bert)
+    _, loss_of_parts, gradients_of_parts = loss_of(tiny_bert, **options)
+
+    assert loss_of_parts == pytest.approx(loss, abs=1e-5)
+    assert gradients.keys() == gradients_of_parts.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_of_parts[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+# The training ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_holds_figures_of_three_stages(trained):
+    assert trained.first_stage.mean("nDCG@10") == 1
+    assert 0 < trained.base.mean("nDCG@10") < 1
+    assert 0 < trained.trained.mean("nDCG@10") < 1
+    assert trained.groups == 32
+    assert (trained.sets, trained.pairs > 8) == ({"pairs": 8}, True)
+    assert 0 < trained.seconds < 60
+
+
+def test_enough_training_learns_the_questions_by_heart(tiny_bert, pairs, tmp_path):
+    train(tiny_bert, pairs, tmp_path, epochs=20, learning_rate=3e-3, held_out=0)
+    groups = groups_of(tmp_path)
+
+    def right(folder):
+        scores = CrossEncoderBackend(model=folder, device="cpu").score_many(
+            [(group.query, list(group.docs)) for group in groups]
+        )
+        return np.mean([np.argmax(each) == 0 for each in scores])
+
+    assert right(tiny_bert) < 0.5
+    assert right(str(tmp_path)) > 0.8
+
+
+def test_the_card_says_all_there_is_to_know(trained):
+    card = (trained.folder / "README.md").read_text("utf-8")
+
+    assert "trained from `" in card
+    assert "| pairs | 32 | the set's own | not stated |" in card
+    assert "8 queries that were not trained on: 8 of pairs." in card
+    for row in trained.rows():
+        assert f"| {' | '.join(row)} |" in card
+    assert f"nDCG@10 against BM25: {trained.difference(trained.first_stage)}." in card
+    assert f"nDCG@10 against the base: {trained.difference(trained.base)}." in card
+    assert '"learning_rate": 0.001' in card
+    assert f"torch {torch.__version__}" in card
+
+
+def test_the_same_recipe_gives_the_same_weights_and_another_seed_gives_others(trained, tiny_bert, pairs, tmp_path):
+    train(tiny_bert, pairs, tmp_path / "same")
+    train(tiny_bert, pairs, tmp_path / "other", seed=1)
+
+    assert tiny.digest(tmp_path / "same") == tiny.digest(trained.folder)
+    assert tiny.digest(tmp_path / "other") != tiny.digest(trained.folder)
+
+
+def test_a_training_that_is_done_gives_its_report_again(trained, tiny_bert, pairs, caplog):
+    before = (trained.folder / "model.safetensors").stat().st_mtime_ns
+    caplog.set_level(logging.INFO, "langchain_rerank")
+
+    assert train(tiny_bert, pairs, trained.folder) == trained
+    assert (trained.folder / "model.safetensors").stat().st_mtime_ns == before
+    assert "was trained by this recipe already" in caplog.text
+
+
+class Impatient(logging.Handler):
+    """Somebody who reads the log and presses Ctrl-C so many times when a line begins so."""
+
+    def __init__(self, line, times):
+        super().__init__(logging.INFO)
+        self.line, self.times = line, times
+
+    def emit(self, record):
+        if record.getMessage().startswith(self.line):
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def interrupted(learn, tmp_path, caplog, monkeypatch):
+    """Trains until a line of the log and presses Ctrl-C; the folder."""
+    logger = logging.getLogger("langchain_rerank")
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
+
+    def run(line, times):
+        handler = Impatient(line, times)
+        logger.addHandler(handler)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                learn(tmp_path)
+        finally:
+            logger.removeHandler(handler)
+        assert "the training goes on from what is kept" in caplog.text
+        return tmp_path
+
+    yield run
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("press", "kept"),
+    [
+        (("pairs: 40", 1), []),
+        (("Step 2", 1), [3]),
+        (("Step 6", 1), [4, 7]),
+        (("Step 6", 2), [4]),
+    ],
+)
+def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(press, kept, interrupted, trained, learn):
+    folder = interrupted(*press)
+    checkpoints = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoints/checkpoint-*"))
+
+    report = learn(folder)
+
+    assert checkpoints == kept
+    found, wanted = load_file(folder / "model.safetensors"), load_file(trained.folder / "model.safetensors")
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-5)
+    assert report.trained.scores == trained.trained.scores
+
+
+def test_seconds_are_those_of_all_runs(interrupted, learn):
+    folder = interrupted("Step 6", 1)
+    file = folder / "checkpoints/checkpoint-7/trainer_state.json"
+    state = json.loads(file.read_text())
+    assert 0 < state["stateful_callbacks"]["Clock"]["attributes"]["before"] < 60
+    state["stateful_callbacks"]["Clock"]["attributes"]["before"] = 1000.0
+    file.write_text(json.dumps(state))
+
+    assert 1000 < learn(folder).seconds < 1060
+
+
+def test_a_half_written_checkpoint_is_not_gone_on_from(tmp_path):
+    for step in (9, 10, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert _last_checkpoint(tmp_path) is None
+
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").touch()
+    assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_a_folder_of_another_recipe_is_refused(trained, tiny_bert, pairs):
+    with pytest.raises(ConfigurationError, match="holds a training by another recipe; choose another folder"):
+        train(tiny_bert, pairs, trained.folder, seed=7)
+
+
+def test_a_recipe_is_the_same_where_an_option_came_into_being_since(trained, tiny_bert, pairs, tmp_path):
+    copied = Path(shutil.copytree(trained.folder, tmp_path / "copied"))
+    recipe = json.loads((copied / "recipe.json").read_text())
+    del recipe["recompute"], recipe["sets"][0]["name"]
+    (copied / "recipe.json").write_text(json.dumps(recipe))
+
+    assert train(tiny_bert, pairs, copied).groups == trained.groups
+
+
+def test_training_stops_when_it_gets_no_better(tiny_bert, pairs, tmp_path):
+    train(tiny_bert, pairs, tmp_path, learning_rate=1e-12, epochs=5, evaluations=10, patience=2)
+
+    assert _last_checkpoint(tmp_path / "checkpoints").endswith("checkpoint-12")  # the 3rd of 10 evaluations of 40 steps
+
+
+def test_the_log_says_how_long_it_will_take(tiny_bert, pairs, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "langchain_rerank")
+    train(tiny_bert, pairs, tmp_path)
+
+    assert any("Step 5 of 8: loss" in line and "about 0:00:0" in line for line in caplog.messages)
+
+
+def test_bars_are_shown_on_standard_error_alone(tiny_bert, pairs, tmp_path, capsys):
+    recipe = {"base": tiny_bert, "sets": [{"path": pairs}], **SETTINGS}
+    train_reranker(recipe, tmp_path, progress=True)
+    shown = capsys.readouterr()
+
+    assert shown.out == ""
+    assert "8/8" in shown.err
+
+
+# Bases ----------------------------------------------------------------------------------------------------------------
+
+
+def test_layers_are_left_out_at_equal_distances(tiny_bert):
+    config = BertConfig.from_pretrained(tiny_bert, num_hidden_layers=6)
+    model = BertForSequenceClassification(config)
+    before = list(model.bert.encoder.layer)
+
+    keep_layers(model, 3)
+
+    assert list(model.bert.encoder.layer) == [before[1], before[3], before[5]]
+    assert model.config.num_hidden_layers == 3
+    with pytest.raises(ConfigurationError, match="layers=4: BertForSequenceClassification has 3"):
+        keep_layers(model, 4)
+    model.bert.encoder.layer = None
+    with pytest.raises(ConfigurationError, match=r"layers=1: .* has no list of encoder layers to shorten"):
+        keep_layers(model, 1)
+
+
+def test_a_model_with_fewer_layers_is_saved_and_loads(tiny_bert, pairs, tmp_path):
+    train(tiny_bert, pairs, tmp_path, layers=1)
+
+    assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == 1
+    assert not any("layer.1." in name for name in load_file(tmp_path / "model.safetensors"))
+    CrossEncoderBackend(model=str(tmp_path), device="cpu").warmup()
+
+
+def test_a_plain_encoder_gets_a_head_that_the_seed_makes(plain_bert, pairs, tmp_path, capfd):
+    report = train(plain_bert, pairs, tmp_path, layers=1)
+
+    assert report.base is None
+    assert load_file(tmp_path / "model.safetensors")["classifier.weight"].shape == (1, 32)
+    assert "| nDCG@10 |" in (tmp_path / "README.md").read_text()
+    shown = capfd.readouterr().err
+    assert "MISSING" not in shown
+    assert "Converting" not in shown
+
+
+def test_the_packaged_model_can_be_trained_further(tmp_path):
+    folder = place_base("embedded", tmp_path)
+    weights = load_file(Path(folder) / "model.safetensors")
+    stored = {
+        each.name: numpy_helper.to_array(each) for each in onnx.load(EMBEDDED_MODEL / "model.onnx").graph.initializer
+    }
+    texts = ["Mars is called the red planet.", "Jupiter is the largest planet.", "bread"]
+
+    for name, tensor in weights.items():
+        packaged = stored[name] if name in stored else stored[f"{name}.T"].T
+        assert (tensor.numpy() == packaged).all()
+    torch_backend = CrossEncoderBackend(model=folder, device="cpu", dtype="float32", max_length=256)
+    assert torch_backend.logits("red planet", texts) == pytest.approx(
+        EmbeddedBackend().logits("red planet", texts), abs=1e-3
+    )
+
+
+def test_an_exported_model_without_config_or_in_int8_cannot_be_trained(trained, tmp_path):
+    AutoTokenizer.from_pretrained(trained.folder).save_pretrained(tmp_path)
+    wide = BertConfig.from_pretrained(trained.folder, hidden_size=96, intermediate_size=96, num_hidden_layers=1)
+    BertForSequenceClassification(wide).save_pretrained(tmp_path)
+    export_reranker(tmp_path, tmp_path / "int8", dtype="int8")
+    (Path(shutil.copytree(tmp_path / "int8", tmp_path / "bare")) / "config.json").unlink()
+
+    with pytest.raises(ModelLoadError, match=r"lacks the weights .*export it in float32 or float16"):
+        place_base(str(tmp_path / "int8"), tmp_path / "a")
+    with pytest.raises(ModelLoadError, match=r"bare' has no config\.json to train its model.onnx with"):
+        place_base(str(tmp_path / "bare"), tmp_path / "b")
+
+
+def test_a_base_that_cannot_rank_is_refused_before_anything_is_done(tiny_bert, tiny_t5, tiny_gemma, pairs, tmp_path):
+    two = tmp_path / "two"
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(two)
+    AutoModelForSequenceClassification.from_pretrained(
+        tiny_bert, num_labels=2, ignore_mismatched_sizes=True
+    ).save_pretrained(two)
+
+    for base, problem in [
+        (str(two), "two' has 2 labels; a reranker has one"),
+        (tiny_t5, "is a T5ForConditionalGeneration, a model that writes text, such as monoT5's"),
+        (tiny_gemma, "is a GemmaForCausalLM, a model that writes text"),
+        (str(tmp_path / "nowhere"), "nowhere' cannot be loaded"),
+    ]:
+        with pytest.raises(ModelLoadError, match=problem):
+            train(base, pairs, tmp_path / "out")
+    assert not (tmp_path / "out/groups.jsonl").exists()
+
+
+# Use ------------------------------------------------------------------------------------------------------------------
+
+TEXTS = [answer for _, answer in FACTS[:6]]
+
+
+def test_the_folder_loads_and_scores_the_same_after_the_export(trained, tmp_path):
+    export_reranker(str(trained.folder), str(tmp_path), dtype="float32")
+    query = FACTS[0][0]
+
+    with_torch = init_reranker(f"cross-encoder:{trained.folder}", device="cpu", dtype="float32").backend
+    without = init_reranker(f"embedded:{tmp_path}").backend
+
+    assert with_torch.score(query, TEXTS) == pytest.approx(without.score(query, TEXTS), abs=1e-4)
+
+
+# Recipes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"epoch": 2}, r"Unknown option 'epoch' for a training recipe\. Did you mean 'epochs'\?"),
+        ({"sets": [{"paht": "a"}]}, r"Unknown option 'paht' for a set of a training recipe\. Did you mean 'path'\?"),
+        ({"sets": []}, "training recipe: sets: Tuple should have at least 1 item"),
+        ({"seed": "a"}, "training recipe: seed: Input should be a valid integer"),
+        ({"sets": [{"path": "a/x.jsonl"}, {"path": "b/x"}]}, "2 sets are called 'x'; give each its own name="),
+        ({"base": None}, "training recipe: base: Input should be a valid string"),
+    ],
+)
+def test_a_recipe_that_cannot_be_right_says_why(options, problem):
+    with pytest.raises(ConfigurationError, match=problem):
+        read_recipe({"base": "b", "sets": [{"path": "a"}], **options})
+
+
+def test_a_list_is_no_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("- base: embedded\n")
+
+    with pytest.raises(ConfigurationError, match=r"recipe\.yaml holds a list; a training recipe is a mapping"):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("WHERE", "data")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "recipe.yaml").write_text("base: model\nsets: [{path: '${WHERE}/a'}, {path: a, synthetic: title}]\n")
+
+    recipe = read_recipe(str(tmp_path / "recipe.yaml"), seed=3)
+
+    assert (recipe.base, recipe.seed) == (str(tmp_path / "model"), 3)
+    assert [(each.path, each.name) for each in recipe.sets] == [
+        (tmp_path / "data/a", "a"),
+        (tmp_path / "a", "a (title)"),
+    ]
+    assert read_recipe(recipe) == recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"teacher": {"bm52": 1}}, r"Unknown teacher 'bm52'\. Did you mean 'bm25'\? There are bm25, dense, bge"),
+        ({"teacher": {"dense": 1}}, "The teacher 'dense' is the embedding's ranking, and the recipe has no embedding"),
+        ({"device": "quantum"}, "device 'quantum' cannot be used here"),
+    ],
+)
+def test_what_a_recipe_names_and_is_not_there_is_refused(options, problem, tiny_bert, pairs, tmp_path):
+    with pytest.raises(ConfigurationError, match=problem):
+        train(tiny_bert, pairs, tmp_path, **options)
+
+
+def test_an_embedding_that_is_not_there_is_refused(tiny_bert, pairs, tmp_path):
+    with pytest.raises(ModelLoadError, match="nowhere' cannot be loaded"):
+        train(tiny_bert, pairs, tmp_path, embedding=str(tmp_path / "nowhere"))
+
+
+@pytest.fixture
+def small_sets(tiny_embedding, pairs, articles, monkeypatch):
+    """The sets of the embedded model's recipe with their options, but for what is in them."""
+    monkeypatch.setenv("MINILM", tiny_embedding)
+    return [
+        {**each, "path": articles if "synthetic" in each else pairs, "name": f"set {i}"}
+        for i, each in enumerate(yaml.safe_load(RECIPE.read_text("utf-8"))["sets"])
+    ]
+
+
+def test_the_recipe_of_the_embedded_model_runs(tiny_bert, small_sets, tmp_path):
+    report = train_reranker(RECIPE, tmp_path, progress=False, base=tiny_bert, sets=small_sets, held_out=20)
+
+    assert report.groups > 20
+    assert report.trained.mean("nDCG@10") > 0
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def cli(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_train_and_export_make_a_model_that_rank_takes(tiny_bert, pairs, tmp_path):
+    settings = [f"--option={name}={value}" for name, value in SETTINGS.items()]
+    done = cli("train", pairs, "--base", tiny_bert, "--teacher", "bm25=0.5", "-O", tmp_path / "out", *settings)
+    exported = cli("export", tmp_path / "out", tmp_path / "onnx", "--dtype", "float16")
+    ranked = cli("rank", "Which planet is red?", ROOT / "README.md", "-b", f"embedded:{tmp_path / 'onnx'}", "-n", "2")
+
+    assert (done.exit_code, exported.exit_code, ranked.exit_code) == (0, 0, 0), (done.output, exported.output)
+    assert "Learned from 32 queries" in done.stdout
+    assert "nDCG@10 against BM25: " in done.stdout
+    assert f"Use it:         --backend cross-encoder:{tmp_path / 'out'}" in done.stdout
+    assert "Step 5 of 8: loss" in done.stderr
+    assert f"Use it: --backend embedded:{tmp_path / 'onnx'}" in exported.stdout
+    assert len(ranked.stdout.splitlines()) == 2
+    assert json.loads((tmp_path / "out/recipe.json").read_text())["teacher"] == {"bm25": 0.5}
+
+
+def test_a_recipe_on_the_command_line_gives_way_to_options(tiny_bert, pairs, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"base: {tiny_bert}\nsets: [{{path: {pairs}}}]\nheld_out: 8\n")
+
+    done = cli("train", "-r", tmp_path / "recipe.yaml", "-O", tmp_path / "out", "-o", "held_out=0", "-o", "epochs=0.5")
+
+    assert done.exit_code == 0, done.output
+    assert "Learned from 40 queries" in done.stdout
+    assert "held-out" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "Nothing to learn from: give DATA, or a recipe with --recipe"),
+        (["a.jsonl", "--teacher", "bm25=x"], "--teacher 'bm25=x': 'x' is no number; write NAME or NAME=WEIGHT"),
+        (["a.jsonl", "-o", "epoch=2"], "Unknown option 'epoch' for a training recipe. Did you mean 'epochs'?"),
+        (["none.jsonl", "--synthetic", "titel"], "training recipe: sets.0.synthetic: Input should be 'title'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(arguments, problem, tmp_path):
+    done = cli("train", *arguments, "-O", tmp_path / "out")
+
+    assert done.exit_code == 1
+    assert problem in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_the_extra_the_error_says_what_to_type():
+    code = (
+        "import sys; sys.modules['datasets'] = None; from langchain_rerank.cli import app; "
+        "app(['train', 'pairs.jsonl', '-O', 'out'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert "datasets not found. Install with: pip install 'langchain-rerank[train]'" in done.stderr
