@@ -25,6 +25,7 @@ from sentence_transformers.cross_encoder.losses import ListNetLoss
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch.nn import functional
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -642,6 +643,7 @@ def test_the_packaged_model_can_be_trained_further(tmp_path):
     for name, tensor in weights.items():
         packaged = stored[name] if name in stored else stored[f"{name}.T"].T
         assert (tensor.numpy() == packaged).all()
+    assert AutoConfig.from_pretrained(folder).dtype == torch.float32  # by which others load it
     torch_backend = CrossEncoderBackend(model=folder, device="cpu", dtype="float32", max_length=256)
     assert torch_backend.logits("red planet", texts) == pytest.approx(
         EmbeddedBackend().logits("red planet", texts), abs=1e-3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,8 @@ def _unpack(source: Path, folder: Path) -> None:
             "export it in float32 or float16, or give the folder that it was exported from"
         )
     save_file({name: weights[name] for name in wanted}, folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copyfile(source / "config.json", folder / "config.json")
+    config.dtype = "float32"  # as the weights are now; whoever loads with dtype="auto" goes by this
+    config.save_pretrained(folder)
     inputs = ["input_ids", "attention_mask"]
     if (getattr(config, "type_vocab_size", 0) or 0) > 1:  # else transformers would leave them out
         inputs.append("token_type_ids")
