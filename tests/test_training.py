@@ -209,6 +209,18 @@ def test_a_title_asks_for_its_text(articles):
     assert read.collection.qrels["1"] == {"1": 1}
 
 
+def test_passages_that_share_a_title_all_answer_it(tmp_path):
+    rows = [
+        {"_id": key, "title": title, "text": f"{key} says much. " * 10} for key, title in zip("abc", "MMV", strict=True)
+    ]
+    (tmp_path / "texts.jsonl").write_text("".join(map("{}\n".format, map(json.dumps, rows))), encoding="utf-8")
+
+    read = read_set(SetOptions(path=tmp_path / "texts.jsonl", synthetic="title"), seed=0).collection
+
+    assert read.queries == {"a": "M", "c": "V"}
+    assert read.qrels == {"a": {"a": 1, "b": 1}, "c": {"c": 1}}
+
+
 def test_a_first_sentence_asks_for_the_rest(articles):
     read = read_set(SetOptions(path=articles, synthetic="first_sentence"), seed=0).collection
 
@@ -310,8 +322,10 @@ def test_what_repeats_the_answer_is_no_negative():
     corpus = {**CORPUS, "copy": CORPUS["0"].upper()}
 
     group = made({}, corpus, {"0": 1}, bm25={"copy": 3.0, "2": 2.0})
+    another = made({}, corpus, {"0": 1, "1": 2}, bm25={"copy": 3.0, "2": 2.0})
 
     assert group.docs == [CORPUS["0"], CORPUS["2"]]
+    assert another.docs == [CORPUS["1"], CORPUS["2"]]
 
 
 def test_a_candidate_that_the_teacher_likes_better_is_doubtful_and_not_wrong():

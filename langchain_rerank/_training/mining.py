@@ -108,7 +108,7 @@ class GroupMaker:
         """The group of a query; `None` where nothing was found beside the right answers."""
         grades = training_set.collection.qrels[query_id]
         positive = self._positive(grades)
-        chosen = [positive, *self._negatives(training_set, grades, positive, candidates)]
+        chosen = [positive, *self._negatives(training_set, grades, candidates)]
         if len(chosen) == 1:
             return None
         texts = [training_set.collection.corpus[key] for key in chosen]
@@ -131,15 +131,14 @@ class GroupMaker:
         highest = max(grades.values())
         return self._random.choice([key for key, grade in grades.items() if grade == highest])
 
-    def _negatives(
-        self, training_set: TrainingSet, grades: Mapping[str, int], positive: str, candidates: Candidates
-    ) -> list[str]:
-        """Judged negatives, and candidates that do not repeat the positive: half hard ones, half from further down."""
+    def _negatives(self, training_set: TrainingSet, grades: Mapping[str, int], candidates: Candidates) -> list[str]:
+        """Judged negatives, and candidates that repeat no right answer: half hard ones, half from further down."""
         wanted = self._recipe.group_size - 1
         corpus = training_set.collection.corpus
         judged = [key for key, grade in grades.items() if grade <= 0][: wanted // 2]
         order = [key for key in self._fused_order(candidates) if key not in grades]
-        order = [key for key in order if not self._repeats(corpus[positive], corpus[key])]
+        right = [corpus[key] for key, grade in grades.items() if grade > 0]
+        order = [key for key in order if not any(self._repeats(answer, corpus[key]) for answer in right)]
         hard, easier = order[:_HARDEST], order[_HARDEST:]
         few = min(len(hard), max((wanted - len(judged) + 1) // 2, wanted - len(judged) - len(easier)))
         taken = [*judged, *self._random.sample(hard, few)]
@@ -151,8 +150,8 @@ class GroupMaker:
         total = sum(_standardised(_filled(scores, keys)) for scores in candidates.stages.values())
         return [keys[i] for i in np.argsort(-np.asarray(total), kind="stable")] if keys else []
 
-    def _repeats(self, positive: str, text: str) -> bool:
-        return first_of_each([positive, text], self._recipe.near_duplicate)[1] == 0
+    def _repeats(self, answer: str, text: str) -> bool:
+        return first_of_each([answer, text], self._recipe.near_duplicate)[1] == 0
 
     def _taught(self, candidates: Candidates, keys: Sequence[str], texts: Sequence[str]) -> NDArray[np.float64]:
         """What the teachers say together, shape (g,); zeros without teachers."""

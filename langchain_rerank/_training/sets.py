@@ -116,15 +116,19 @@ def _turned(numbers: Mapping[str, str]) -> dict[str, str]:
 
 
 def _synthetic(rows: Sequence[Mapping[str, Any]], kind: Synthetic) -> Collection:
-    """Each document's title, or first sentence, as a query for the rest of it."""
+    """Each document's title, or first sentence, as a query for the rest of it.
+
+    Passages of one article share its title: all of them answer it.
+    """
     corpus: dict[str, str] = {}
-    queries: dict[str, str] = {}
+    first: dict[str, str] = {}
+    qrels: dict[str, dict[str, int]] = {}
     for row in rows:
-        query, text = _asked(str(row.get("title") or ""), str(row["text"]), kind)
-        corpus[str(row["_id"])] = text
-        if query and len(text) >= _FEWEST_LEFT:
-            queries[str(row["_id"])] = query
-    return Collection(corpus, queries, {key: {key: 1} for key in queries})
+        key = str(row["_id"])
+        query, corpus[key] = _asked(str(row.get("title") or ""), str(row["text"]), kind)
+        if query and len(corpus[key]) >= _FEWEST_LEFT:
+            qrels.setdefault(first.setdefault(query, key), {})[key] = 1
+    return Collection(corpus, {key: query for query, key in first.items()}, qrels)
 
 
 def _asked(title: str, text: str, kind: Synthetic) -> tuple[str, str]:
