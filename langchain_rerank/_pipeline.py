@@ -86,7 +86,7 @@ def read_json_lines(path: Path) -> Iterator[Document]:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _document(line, f"{path}, line {number}")
+                    yield parse_document(line, f"{path}, line {number}")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
@@ -133,7 +133,12 @@ def _parameters(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {name: parameter for name, parameter in parameters.items() if parameter.kind not in unfit}
 
 
-def _document(line: str, where: str) -> Document:
+def parse_document(line: str, where: str) -> Document:
+    """The document in one line of JSON.
+
+    Raises:
+        ConfigurationError: The line, which stands at `where`, holds something else.
+    """
     try:
         content = json.loads(line)
     except ValueError as error:

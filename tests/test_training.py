@@ -38,7 +38,7 @@ from langchain_rerank import init_reranker
 from langchain_rerank._training.asking import make_llm
 from langchain_rerank._training.base import place_base
 from langchain_rerank._training.fit import GroupLoss, _last_checkpoint, keep_layers, load_base
-from langchain_rerank._training.mining import Candidates, GroupMaker, read_groups
+from langchain_rerank._training.mining import Candidates, Group, GroupMaker, read_lines
 from langchain_rerank._training.sets import TrainingSet, read_set
 from langchain_rerank.backends.cross_encoder import CrossEncoderBackend
 from langchain_rerank.backends.embedded import EmbeddedBackend
@@ -116,7 +116,7 @@ def train(base, data, folder, **options):
 
 
 def groups_of(folder):
-    return read_groups(folder / "groups.jsonl")
+    return read_lines(folder / "groups.jsonl", Group)
 
 
 def held_out_of(folder):

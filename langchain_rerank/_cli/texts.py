@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from langchain_rerank._cli.terminal import one_line, standard_error
+from langchain_rerank._pipeline import parse_document
 from langchain_rerank.errors import ConfigurationError
 from langchain_rerank.reranker import RerankResult
 
@@ -34,7 +35,7 @@ def read_documents(file: Path) -> list[Document]:
     lines = [(number, line) for number, line in enumerate(_read(file, name).splitlines(), 1) if line.strip()]
     if not lines or not _is_json(lines[0][1]):
         return [Document(page_content=line) for _, line in lines]
-    return [_document(line, f"{name}, line {number}") for number, line in lines]
+    return [parse_document(line, f"{name}, line {number}") for number, line in lines]
 
 
 def record(place: int, result: RerankResult) -> dict[str, Any]:
@@ -83,16 +84,3 @@ def _is_json(line: str) -> bool:
     except ValueError:
         return False
     return isinstance(content, dict) and bool({"text", "page_content"} & content.keys())
-
-
-def _document(line: str, where: str) -> Document:
-    try:
-        content = json.loads(line)
-    except ValueError as error:
-        raise ConfigurationError(f"{where} is not JSON: {error}") from error
-    content = content if isinstance(content, dict) else {}
-    text, metadata = content.get("text", content.get("page_content")), content.get("metadata") or {}
-    if not isinstance(text, str) or not isinstance(metadata, dict):
-        raise ConfigurationError(f'{where} must be an object like {{"text": "...", "id": "...", "metadata": {{}}}}')
-    id_ = content.get("id")
-    return Document(page_content=text, id=None if id_ is None else str(id_), metadata=metadata)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from langchain_core.embeddings import Embeddings
@@ -20,6 +20,8 @@ from langchain_rerank._training.recipe import Recipe
 from langchain_rerank._training.sets import TrainingSet
 from langchain_rerank.backends.base import Backend
 from langchain_rerank.retrievers import create_qdrant_retriever
+
+T = TypeVar("T")
 
 Scores = Mapping[str, float]
 """Document id to score."""
@@ -198,15 +200,15 @@ def _logits(probabilities: Sequence[float]) -> NDArray[np.float64]:
     return logits
 
 
-def write_groups(path: Path, groups: Iterable[Group]) -> None:
-    """Keep groups as JSON lines, to resume from and to look at."""
+def write_lines(path: Path, items: Iterable[Any]) -> None:
+    """Keep dataclass objects as JSON lines, to resume from and to look at; the file is there when it is whole."""
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(group), ensure_ascii=False) + "\n" for group in groups)
+        file.writelines(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
     partial.replace(path)
 
 
-def read_groups(path: Path) -> list[Group]:
-    """The groups that `write_groups` kept."""
+def read_lines(path: Path, kind: Callable[..., T]) -> list[T]:
+    """The objects that `write_lines` kept."""
     with path.open(encoding="utf-8") as file:
-        return [Group(**json.loads(line)) for line in file]
+        return [kind(**json.loads(line)) for line in file]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +20,8 @@ from langchain_rerank._training.mining import (
     Group,
     GroupMaker,
     find,
-    read_groups,
-    write_groups,
+    read_lines,
+    write_lines,
 )
 from langchain_rerank._training.recipe import Recipe
 from langchain_rerank._training.sets import TrainingSet, read_set
@@ -93,9 +92,9 @@ def prepare(recipe: Recipe, folder: Path, *, llm: BaseChatModel | None = None, p
                 f"No query of {names} has a negative beside its answers. Give more documents, or pairs with negatives"
             )
         (folder / _RECIPE).write_text(recipe.model_dump_json(indent=2), encoding="utf-8")
-        write_groups(folder / _GROUPS, groups)
-        _write_questions(folder / _HELD_OUT, questions)  # last: it says that both are there
-    return Prepared(read_groups(folder / _GROUPS), _read_questions(folder / _HELD_OUT), sets)
+        write_lines(folder / _GROUPS, groups)
+        write_lines(folder / _HELD_OUT, questions)  # last: it says that both are there
+    return Prepared(read_lines(folder / _GROUPS, Group), read_lines(folder / _HELD_OUT, Question), sets)
 
 
 def check_folder(recipe: Recipe, folder: Path) -> None:
@@ -198,15 +197,3 @@ def _question(each: TrainingSet, query_id: str, candidates: Candidates) -> Quest
     collection: Collection = each.collection
     documents = {key: collection.corpus[key] for key in candidates.stages["bm25"]}
     return Question(f"{each.name} {query_id}", candidates.query, documents, collection.qrels[query_id], each.name)
-
-
-def _write_questions(path: Path, questions: Sequence[Question]) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in questions)
-    partial.replace(path)
-
-
-def _read_questions(path: Path) -> list[Question]:
-    with path.open(encoding="utf-8") as file:
-        return [Question(**json.loads(line)) for line in file]
