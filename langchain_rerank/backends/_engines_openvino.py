@@ -75,7 +75,6 @@ def convert(network: Convertible, folder: Path, *, calibration: Sequence[Batch] 
         folder: Where to write.
         calibration: Batches of pairs to quantise to int8 with; `None`: float32.
     """
-    openvino = _openvino()
     if calibration is None:
         _save(_graph(network), folder)
         network.check(OpenVINONetwork(folder, dtype="float32"))
@@ -84,15 +83,14 @@ def convert(network: Convertible, folder: Path, *, calibration: Sequence[Batch] 
         _save(_graph(network), Path(exact))
         before = OpenVINONetwork(Path(exact), dtype="float32")
         network.check(before)
-        _save(_quantised(openvino.Core().read_model(Path(exact, FILE)), calibration), folder)
+        _save(_quantised(_core().read_model(Path(exact, FILE)), calibration), folder)
         after = OpenVINONetwork(folder, dtype="int8")
         _report_change([before(batch) for batch in calibration], [after(batch) for batch in calibration])
 
 
 def convert_onnx(file: Path, folder: Path) -> None:
     """Write an ONNX file as OpenVINO's `model.xml` and `model.bin`."""
-    openvino = _openvino()
-    _save(openvino.Core().read_model(file), folder)
+    _save(_core().read_model(file), folder)
 
 
 def _report_change(before: Sequence[Logits], after: Sequence[Logits]) -> None:
@@ -150,7 +148,7 @@ def _keep_in_float32(file: Path) -> None:
 def multiplies_bfloat16() -> bool:
     """Whether OpenVINO would take bfloat16 on this CPU by itself."""
     openvino = _openvino()
-    return bool(openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT") == openvino.Type.bf16)
+    return bool(_core().get_property("CPU", "INFERENCE_PRECISION_HINT") == openvino.Type.bf16)
 
 
 def dtype_beside_int8() -> str:
@@ -169,7 +167,7 @@ def _compile(file: Path, dtype: str, threads: int | None) -> tuple[Any, int | No
     }
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads
-    core = openvino.Core()
+    core = _core()
     graph = core.read_model(file)
     path = ["framework", "max_length"]
     longest = int(graph.get_rt_info(path).astype(str)) if graph.has_rt_info(path) else None
@@ -197,6 +195,16 @@ def _named(batch: Batch, names: Iterable[str]) -> Mapping[str, Any]:
 def _openvino() -> Any:
     """The library."""
     return _unreported("openvino")
+
+
+@functools.cache
+def _core() -> Any:
+    """The one core of this process, which stays.
+
+    Its CPU plugin gives the thread that loads it a stack for signals, and unmaps that when the last core goes: if this
+    happens in another thread, the next signal, a Ctrl-C say, ends the process (seen with 2026.4.1).
+    """
+    return _openvino().Core()
 
 
 @contextlib.contextmanager

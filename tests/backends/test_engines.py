@@ -596,3 +596,21 @@ def test_a_loaded_backend_logs_nothing_above_information(tiny_bert, caplog):
         cross_encoder(tiny_bert, engine="openvino").score(QUERY, TEXTS[:2])
 
     assert [record.getMessage() for record in caplog.records] == []
+
+
+def test_a_backend_that_goes_in_another_thread_leaves_signals_working():
+    code = """
+import gc, signal, threading
+from langchain_rerank.backends.embedded import EmbeddedBackend
+
+kept = [EmbeddedBackend(engine="openvino")]
+kept[0].score("q", ["a text"])
+thread = threading.Thread(target=lambda: (kept.clear(), gc.collect()))
+thread.start()
+thread.join()
+signal.signal(signal.SIGINT, lambda *_: print("interrupted"))
+signal.raise_signal(signal.SIGINT)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (0, "interrupted\n")
