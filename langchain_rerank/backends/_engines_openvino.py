@@ -157,7 +157,7 @@ def dtype_beside_int8() -> str:
 
 
 def _compile(file: Path, dtype: str, threads: int | None) -> tuple[Any, int | None]:
-    openvino = _openvino()
+    """The compiled graph, and how many tokens it can read, if its file says so."""
     config: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": _HINTS[dtype_beside_int8() if dtype == "int8" else dtype],
         "PERFORMANCE_HINT": "LATENCY",
