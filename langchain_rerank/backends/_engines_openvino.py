@@ -75,6 +75,7 @@ def convert(network: Convertible, folder: Path, *, calibration: Sequence[Batch] 
         folder: Where to write.
         calibration: Batches of pairs to quantise to int8 with; `None`: float32.
     """
+    _openvino()  # before anything imports parts of it
     if calibration is None:
         _save(_graph(network), folder)
         network.check(OpenVINONetwork(folder, dtype="float32"))
