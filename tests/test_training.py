@@ -449,6 +449,7 @@ def test_the_report_holds_figures_of_three_stages(trained):
     assert 0 < trained.seconds < 60
 
 
+@pytest.mark.slow
 def test_enough_training_learns_the_questions_by_heart(tiny_bert, pairs, tmp_path):
     train(tiny_bert, pairs, tmp_path, epochs=20, learning_rate=3e-3, held_out=0)
     groups = groups_of(tmp_path)

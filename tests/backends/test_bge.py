@@ -176,6 +176,7 @@ def test_what_the_loaded_model_can_read_is_the_limit_here_too(tiny_gemma, tmp_pa
 # The hub ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_name_on_the_hub_loads_from_the_cache_without_its_remote_code(tiny_xlmr, tiny_gemma, tiny_minicpm, tmp_path):
     names = {"bge-reranker-base": tiny_xlmr, "bge-reranker-v2-gemma": tiny_gemma, "layerwise": tiny_minicpm}
     for name, folder in names.items():

@@ -225,6 +225,7 @@ def test_an_exported_model_scores_as_in_torch(kind, dtype, tolerance, exported, 
     assert backend.logits(QUERY, TEXTS) == pytest.approx(expected, abs=tolerance)
 
 
+@pytest.mark.slow
 def test_int8_weights_change_scores_a_little_and_neighbours_change_nothing(tiny_bert, tmp_path):
     config = BertConfig.from_pretrained(tiny_bert, hidden_size=96, intermediate_size=96, initializer_range=0.1)
     AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path)

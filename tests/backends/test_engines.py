@@ -150,6 +150,7 @@ def test_norms_and_residual_sums_stay_float32(tiny_bert):
     assert ("MVN", "bf16") not in precisions
 
 
+@pytest.mark.slow
 def test_int8_is_calibrated_quietly_and_says_how_much_it_changes(tiny_bert, tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(json.dumps({"query": query, "text": text}) for query, text in PAIRS))
@@ -174,6 +175,7 @@ def test_int8_is_calibrated_quietly_and_says_how_much_it_changes(tiny_bert, tmp_
     assert 'type="FakeQuantize"' in graph.read_text()
 
 
+@pytest.mark.slow
 def test_int8_does_not_depend_on_the_size_of_batches(tiny_bert, tmp_path, monkeypatch):
     found = []
     for batch_size in (1, 16):
