@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 import shutil
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from langchain_rerank.backends._engines_onnx import trace
 from langchain_rerank.data import EMBEDDED_MODEL, load_stackfaq, read_beir
 
 FEWEST_WORDS, MOST_WORDS = 40, 350
@@ -211,20 +210,7 @@ def _export(folder: Path, file: Path) -> None:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.model_type == "bert":
         batch["token_type_ids"] = torch.zeros_like(ids)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program: Any = torch.onnx.export(
-            model,
-            kwargs=batch,
-            input_names=list(batch),
-            output_names=["logits"],
-            dynamic_shapes={name: {0: "batch", 1: "sequence"} for name in batch},
-            opset_version=20,
-            dynamo=True,
-            verbose=False,
-        )
-    program.save(file, external_data=True)  # one file holds 2 GB at most
+    trace(model, batch).save(file, external_data=True)  # one file holds 2 GB at most
 
 
 @dataclass(frozen=True)

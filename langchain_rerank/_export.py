@@ -13,18 +13,15 @@ The same source and the same versions of torch and onnxscript give the same byte
 
 from __future__ import annotations
 
-import logging
 import shutil
 import types
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
 from langchain_rerank._optional import require
+from langchain_rerank.backends._engines_onnx import trace
 from langchain_rerank.errors import ConfigurationError, ModelLoadError
 
 if TYPE_CHECKING:
@@ -146,37 +143,13 @@ def _example(model: Any, pairs: int, tokens: int) -> dict[str, torch.Tensor]:
 
 def _trace(model: Any, batch: dict[str, torch.Tensor]) -> Any:
     """The model's graph, without the source lines and paths that torch notes in it."""
-    import torch
-
     layers = getattr(getattr(model.base_model, "encoder", None), "layer", None)
     if layers is not None and hasattr(getattr(getattr(layers[-1], "attention", None), "self", None), "scaling"):
         layers[-1].forward = types.MethodType(_first_token, layers[-1])
-    with warnings.catch_warnings(), quiet("torch.onnx"):
-        warnings.simplefilter("ignore")
-        program: Any = torch.onnx.export(
-            model,
-            kwargs=batch,
-            input_names=list(batch),
-            output_names=["logits"],
-            dynamic_shapes={name: {0: "batch", 1: "sequence"} for name in batch},
-            opset_version=20,
-            verbose=False,
-        )
+    program = trace(model, batch)
     for part in (program.model, program.model.graph, *program.model.graph):
         part.metadata_props.clear()
     return program.model
-
-
-@contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """No warnings of a library's logger meanwhile."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _first_token(layer: Any, hidden: torch.Tensor, mask: torch.Tensor | None = None, *_: Any, **__: Any) -> Any:

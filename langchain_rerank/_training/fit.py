@@ -18,11 +18,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, EarlyStoppingCallback, PrinterCallback, ProgressCallback, set_seed
 
-from langchain_rerank._export import quiet
 from langchain_rerank._training.callbacks import Bar, Clock, Interruption
 from langchain_rerank._training.mining import Group
 from langchain_rerank._training.prepare import Question
 from langchain_rerank._training.recipe import Recipe
+from langchain_rerank.backends._engines_onnx import quiet
 from langchain_rerank.backends._torch import _no_bars, pick_device, pick_dtype
 from langchain_rerank.errors import ConfigurationError, ModelLoadError, RerankError
 from langchain_rerank.evaluation import score_run

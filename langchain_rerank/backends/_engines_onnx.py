@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from langchain_rerank.backends.local import Batch, Logits
 
 if TYPE_CHECKING:
+    import torch
+
     from langchain_rerank.backends._engines_convert import Convertible
 
 FILE = "model.onnx"
@@ -45,8 +49,7 @@ class ONNXNetwork:
 
     def outputs(self, batch: Batch) -> list[Logits]:
         """All that the graph gives for a padded batch of b pairs, shape (b, t) token ids."""
-        arrays = {"input_ids": batch.ids, "attention_mask": batch.mask, "token_type_ids": batch.type_ids}
-        found: list[Logits] = self._session.run(None, {name: arrays[name] for name in self.inputs})
+        found: list[Logits] = self._session.run(None, batch.named(self.inputs))
         return found
 
     def __call__(self, batch: Batch) -> Logits:
@@ -57,28 +60,40 @@ class ONNXNetwork:
 
 def export(network: Convertible, folder: Path) -> None:
     """Write a module of PyTorch as `model.onnx`, its weights in a file beside it: one file holds 2 GB at most."""
-    _trace(network).save(folder / FILE, external_data=True)
+    trace(network.model, network.example).save(folder / FILE, external_data=True)
     network.check(ONNXNetwork(folder, threads=1))
 
 
-def _trace(network: Convertible) -> Any:
+def trace(model: Any, example: Mapping[str, torch.Tensor]) -> Any:
+    """A model of transformers with one label as an ONNX program, any number of pairs and tokens.
+
+    Args:
+        model: In float32, on the CPU.
+        example: A batch to trace it with: its named inputs, shape (b, t).
+    """
     import torch
 
-    example, talkative = network.example, logging.getLogger("torch.onnx")
-    level = talkative.level
-    talkative.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), quiet("torch.onnx"):
+        warnings.simplefilter("ignore")
+        return torch.onnx.export(
+            model,
+            kwargs=dict(example),
+            input_names=list(example),
+            output_names=["logits"],
+            dynamic_shapes={name: {0: "batch", 1: "sequence"} for name in example},
+            opset_version=_OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """No warnings of a library's logger meanwhile."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.onnx.export(
-                network.model,
-                kwargs=example,
-                input_names=list(example),
-                output_names=["logits"],
-                dynamic_shapes={name: {0: "batch", 1: "sequence"} for name in example},
-                opset_version=_OPSET,
-                dynamo=True,
-                verbose=False,
-            )
+        yield
     finally:
-        talkative.setLevel(level)
+        logger.setLevel(level)

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
@@ -59,7 +59,7 @@ class OpenVINONetwork:
 
     def outputs(self, batch: Batch) -> list[Logits]:
         """All that the graph gives for a padded batch of b pairs, shape (b, t) token ids."""
-        return list(self._request.infer(_named(batch, self.inputs), share_inputs=True).values())
+        return list(self._request.infer(batch.named(self.inputs), share_inputs=True).values())
 
     def __call__(self, batch: Batch) -> Logits:
         """One padded batch of b pairs, shape (b, t) token ids, to b logits."""
@@ -181,15 +181,10 @@ def _quantised(graph: Any, calibration: Sequence[Batch]) -> Any:
     """
     names = [given.any_name for given in graph.inputs]
     with _quiet_nncf() as nncf:
-        batches = [_named(batch, names) for batch in calibration]
+        batches = [batch.named(names) for batch in calibration]
         return nncf.quantize(
             graph, nncf.Dataset(batches), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches)
         )
-
-
-def _named(batch: Batch, names: Iterable[str]) -> Mapping[str, Any]:
-    arrays = {"input_ids": batch.ids, "attention_mask": batch.mask, "token_type_ids": batch.type_ids}
-    return {name: arrays[name] for name in names}
 
 
 def _openvino() -> Any:

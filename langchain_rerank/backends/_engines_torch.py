@@ -40,11 +40,9 @@ class TorchNetwork:
         """One padded batch of b pairs, shape (b, t) token ids, to b logits."""
         import torch
 
-        inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
-        if self._wants_type_ids:
-            inputs["token_type_ids"] = batch.type_ids
+        names = ["input_ids", "attention_mask", *(["token_type_ids"] if self._wants_type_ids else [])]
         with torch.inference_mode():
-            tensors = {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
+            tensors = {name: torch.from_numpy(array).to(self._device) for name, array in batch.named(names).items()}
             logits: Logits = self.model(**tensors).logits.view(-1).float().cpu().numpy()
         return logits
 

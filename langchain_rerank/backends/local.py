@@ -7,7 +7,7 @@ import math
 import os
 import threading
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count, islice
@@ -63,6 +63,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def named(self, names: Iterable[str]) -> dict[str, NDArray[np.int64]]:
+        """Some of the arrays, under the names that the models of transformers give their inputs."""
+        arrays = {"input_ids": self.ids, "attention_mask": self.mask, "token_type_ids": self.type_ids}
+        return {name: arrays[name] for name in names}
 
     def halves(self) -> tuple[Batch, Batch]:
         """The same pairs in two batches."""
