@@ -8,7 +8,7 @@ import logging
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from langchain_core.stores import ByteStore
@@ -23,9 +23,9 @@ _FLOAT = struct.Struct("<d")
 class ScoreCache:
     """Looks scores up by query, text and everything about the backend that can change a score.
 
-    Keys are hexadecimal digests, values 8-byte floats. A value that is no score is a miss. A score with details, such
-    as that of a truncated text, is not kept: the details would be lost. A store that fails costs a warning and its
-    hits, never the ranking.
+    Keys are hexadecimal digests, values 8-byte floats, and behind them the details of a score that has any, such as
+    that of a truncated text, as JSON. A value that is no score is a miss. A score whose details JSON cannot hold is not
+    kept. A store that fails costs a warning and its hits, never the ranking.
 
     Args:
         store: Where they are kept.
@@ -116,12 +116,28 @@ def _feed(digest: Any, part: str) -> None:
 
 
 def _values(scores: Mapping[str, float]) -> dict[str, bytes]:
-    plain = {text: score for text, score in scores.items() if not (isinstance(score, Score) and score.details)}
-    return {text: _FLOAT.pack(score) for text, score in plain.items()}
+    values = {}
+    for text, score in scores.items():
+        details = score.details if isinstance(score, Score) else {}
+        with suppress(TypeError, ValueError):  # JSON does not know such details
+            values[text] = _FLOAT.pack(score) + (json.dumps(details).encode() if details else b"")
+    return values
 
 
 def _score(value: bytes | None) -> float | None:
-    if value is None or len(value) != _FLOAT.size:
+    if value is None or len(value) < _FLOAT.size:
         return None
-    score: float = _FLOAT.unpack(value)[0]
-    return score if math.isfinite(score) and 0.0 <= score <= 1.0 else None
+    score: float = _FLOAT.unpack_from(value)[0]
+    if not (math.isfinite(score) and 0.0 <= score <= 1.0):
+        return None
+    return _with_details(score, value[_FLOAT.size :])
+
+
+def _with_details(score: float, content: bytes) -> float | None:
+    if not content:
+        return score
+    try:
+        details = json.loads(content)
+    except ValueError:
+        return None
+    return Score(score, details) if isinstance(details, dict) else None

@@ -146,6 +146,21 @@ def store(request, tmp_path):
     return InMemoryByteStore() if request.param == "memory" else LocalFileStore(tmp_path)
 
 
+class Cutting(Backend):
+    """Says the same of every text."""
+
+    _details: dict = PrivateAttr()
+    _calls: list = PrivateAttr(default_factory=list)
+
+    def __init__(self, details, **options):
+        super().__init__(**options)
+        self._details = details
+
+    def _score(self, query, texts):
+        self._calls.append(texts)
+        return [Score(0.5, self._details) for _ in texts]
+
+
 class TestCache:
     def test_a_score_is_asked_for_once(self, store):
         rerank = reranker(cache=store)
@@ -237,18 +252,30 @@ class TestCache:
         assert len(key) == 64
         assert int(key, 16)
 
-    def test_a_score_with_details_is_not_kept_since_they_would_be_lost(self):
-        store = InMemoryByteStore()
+    def test_a_score_is_kept_with_its_details(self, store):
+        rerank = Reranker(backend=Cutting({"truncated": True, "passage_span": [3, 9]}), cache=store)
+        first, second = rerank.compress_documents([Document("a")], "q"), rerank.compress_documents([Document("a")], "q")
 
-        class Cutting(LengthBackend):
-            def _score(self, query, texts):
-                return [Score(0.5, {"truncated": True}) for _ in texts]
+        assert first == second
+        assert second[0].metadata["truncated"] is True
+        assert second[0].metadata["passage_span"] == [3, 9]
+        assert len(rerank.backend._calls) == 1
 
-        rerank = Reranker(backend=Cutting(), cache=store)
+    def test_a_score_whose_details_are_not_json_is_not_kept(self, store):
+        rerank = Reranker(backend=Cutting({"where": {1, 2}}), cache=store)
         for _ in range(2):
             [ranked] = rerank.compress_documents([Document("a")], "q")
-            assert ranked.metadata["truncated"] is True
-        assert store.store == {}
+            assert ranked.metadata["where"] == {1, 2}
+        assert len(rerank.backend._calls) == 2
+
+    @pytest.mark.parametrize("tail", [b"{", b"[1]", b"\xff", b"{} {}"])
+    def test_details_that_cannot_be_read_are_a_miss(self, store, tail):
+        rerank = Reranker(backend=Cutting({"truncated": True}), cache=store)
+        rerank.rerank("q", ["a"])
+        store.mset([(key, store.mget([key])[0][:8] + tail) for key in store.yield_keys()])
+        rerank.rerank("q", ["a"])
+
+        assert len(rerank.backend._calls) == 2
 
     def test_hits_are_counted_in_the_trace(self, store):
         rerank, recorder = reranker(cache=store), Recorder()

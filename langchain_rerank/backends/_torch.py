@@ -139,6 +139,10 @@ class TorchBackend(LocalBackend):
                 self._digest = ModelFiles(self.model, self.revision or "main", self.local_files_only).version()
         return self._digest
 
+    def _overlaps(self) -> bool:
+        """Whether the model computes elsewhere than the tokenizer."""
+        return self._device is not None and self._device.type != "cpu"
+
     def _default_batch_tokens(self) -> int:
         return 1024 if self._device is None or self._device.type == "cpu" else 32768
 

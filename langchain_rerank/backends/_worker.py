@@ -8,13 +8,13 @@ import os
 import threading
 import weakref
 from bisect import bisect_left, bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
 from functools import partial
-from itertools import islice
-from typing import Any, Generic, TypeVar
+from itertools import chain, islice
+from typing import Any, Generic, TypeAlias, TypeVar
 
 P = TypeVar("P")
 """A tokenised pair."""
@@ -32,6 +32,14 @@ SIMILAR = 0.75
 """Other callers' pairs join a batch if they are at least this long, the longest being 1: padding costs as tokens do."""
 
 
+class Call:
+    """What several jobs have in common: they wait, and are due, as one job of all their pairs would."""
+
+    def __init__(self) -> None:
+        self.due: int | None = None
+        """When the last of them that is in the queue is due; `None` as long as none is."""
+
+
 class Job(Generic[P, R]):
     """One caller's pairs, longest first.
 
@@ -41,6 +49,7 @@ class Job(Generic[P, R]):
         forward: The model: some pairs in, as many rows out.
         fits: How many pairs of a length fit into one batch, at least 1.
         answer: Gets n rows, or the error; cancelled, it takes the pairs out of the queue.
+        call: What it is a part of, if one call makes several jobs.
     """
 
     def __init__(
@@ -49,10 +58,13 @@ class Job(Generic[P, R]):
         lengths: Sequence[int],
         forward: Callable[[list[P]], Sequence[R]],
         fits: Callable[[int], int],
+        *,
         answer: Future[list[R]] | None = None,
+        call: Call | None = None,
     ) -> None:
         self.pairs, self.forward, self.fits = pairs, forward, fits
         self.answer: Future[list[R]] = Future() if answer is None else answer
+        self.call = call or Call()
         self.context = contextvars.copy_context()
         self.alone = False
         self.due = 0
@@ -98,6 +110,10 @@ class Job(Generic[P, R]):
     def fail(self, error: BaseException) -> None:
         """Answer with an error."""
         _fail(self.answer, error)
+
+
+Make: TypeAlias = Callable[[Future[list[R]]], Job[P, R]]
+"""Gives a job with an answer."""
 
 
 def _fail(answer: Future[Any], error: BaseException) -> None:
@@ -149,8 +165,10 @@ class Scheduler(Generic[P, R]):
             raise CancelledError
 
     def _beside_largest(self) -> int:
-        still_open = [job.open for job in self._jobs]
-        return sum(still_open) - max(still_open, default=0)
+        still_open: Counter[Call] = Counter()
+        for job in self._jobs:
+            still_open[job.call] += job.open
+        return still_open.total() - max(still_open.values(), default=0)
 
     def run(self, job: Job[P, R]) -> list[R]:
         """Every pair's row, in order; runs batches in this thread where nobody else does.
@@ -174,20 +192,57 @@ class Scheduler(Generic[P, R]):
             finally:
                 del job  # an error's traceback holds this frame, and the job holds the error
 
-    async def arun(self, make: Callable[[Future[list[R]]], Job[P, R]]) -> list[R]:
-        """As `run`, without blocking the event loop.
+    def run_all(self, makes: Sequence[Make[P, R]]) -> list[R]:
+        """The rows of several jobs of one call, in order: while one is made, those before it run in the thread.
 
         Args:
-            make: Called in a thread, in this context: tokenises, and returns a job with the answer that it is given.
+            makes: Each tokenises a part of the call, and returns a job with the answer that it is given.
+
+        Raises:
+            Exception: What the model raised for these pairs, or the tokenizer.
         """
+        *early, last = makes
+        answers: list[Future[list[R]]] = []
+        try:
+            for make in early:
+                answers.append(self._started(make))
+                list(map(Future.result, filter(Future.done, answers)))  # an error ends it here
+            rows = self.run(last(Future()))
+            return [*chain.from_iterable(map(Future.result, answers)), *rows]
+        finally:
+            while answers:
+                self._give_up(answers.pop())  # no name for it here, as in `run`
+
+    def _started(self, make: Make[P, R]) -> Future[list[R]]:
+        """Make a job, and let the thread drive where nobody does."""
         answer: Future[list[R]] = Future()
         answer.add_done_callback(self._drop)
-        self._tokenizing.call(partial(contextvars.copy_context().run, self._make, make, answer))
+        if self._enqueue(make(answer)):
+            self._leave(answer)
+        return answer
+
+    def _give_up(self, answer: Future[list[R]]) -> None:
+        """Take a job out, if it has no answer yet."""
+        answer.cancel()
+        self._leave(answer)
+
+    async def arun(self, *makes: Make[P, R]) -> list[R]:
+        """As `run` and `run_all`, without blocking the event loop.
+
+        Args:
+            makes: Called in a thread, in this context: each tokenises, and returns a job with the answer that it is
+                given.
+        """
+        answers: list[Future[list[R]]] = [Future() for _ in makes]
+        for make, answer in zip(makes, answers, strict=True):
+            answer.add_done_callback(self._drop)
+            self._tokenizing.call(partial(contextvars.copy_context().run, self._make, make, answer))
+        del answer  # as in `run`
         try:
-            return await asyncio.wrap_future(answer)
+            return list(chain.from_iterable(await asyncio.gather(*map(asyncio.wrap_future, answers))))
         finally:
-            answer.cancel()
-            del answer  # as in `run`
+            while answers:
+                answers.pop().cancel()
 
     def _make(self, make: Callable[[Future[list[R]]], Job[P, R]], answer: Future[list[R]]) -> None:
         if answer.cancelled():
@@ -207,7 +262,8 @@ class Scheduler(Generic[P, R]):
         with self._guard:
             if job.answer.done():
                 return False
-            job.due = self._read + job.length(range(len(job.pairs)))
+            since = self._read if job.call.due is None else job.call.due
+            job.due = job.call.due = since + job.length(range(len(job.pairs)))
             self._jobs = sorted([*self._jobs, job], key=lambda job: job.due)
             if self._driver and not self._driver.done():
                 return False

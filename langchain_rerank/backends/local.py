@@ -10,7 +10,8 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import count, islice
+from functools import partial
+from itertools import accumulate, count, islice
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PrivateAttr
 
 from langchain_rerank.backends._passages import split_passages
-from langchain_rerank.backends._worker import Job, Scheduler
+from langchain_rerank.backends._worker import Call, Job, Make, Scheduler
 from langchain_rerank.backends.base import Backend, Score, clean, report_usage
 from langchain_rerank.errors import BackendError, ModelLoadError
 
@@ -29,6 +30,13 @@ Logits: TypeAlias = NDArray[np.floating[Any]]
 
 Row: TypeAlias = NDArray[np.float64]
 """One pair's logits: shape (), or (k,)."""
+
+
+Request: TypeAlias = tuple[str, Sequence[str]]
+"""A query with its texts."""
+
+_CHARACTERS = 4
+"""So many are a token, about; where they are fewer, batches' worth of parts are somewhat larger."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,10 @@ class LocalBackend(Backend):
     def _offsets(self, text: str) -> Sequence[tuple[int, int]]:
         """The character span of each token of a text, in order, without specials."""
 
+    def _overlaps(self) -> bool:
+        """Whether a large call is tokenised part by part while the model reads: where that leaves the CPU idle."""
+        return False
+
     def _default_batch_tokens(self) -> int:
         """Most tokens in a batch, for the device that was loaded on; small batches suit a CPU's caches."""
         return 2048
@@ -196,28 +208,56 @@ class LocalBackend(Backend):
         with self._lock:
             self._ensure_loaded()
             encodings = self._encode(clean(query), [clean(text) for text in texts])
-        return [float(np.ravel(row)[-1]) for row in self._run(encodings)]
+        rows = self._queue.run(self._job(encodings))
+        report_usage(tokens=sum(len(encoding.ids) for encoding in encodings))
+        return [float(np.ravel(row)[-1]) for row in rows]
 
     def _score(self, query: str, texts: Sequence[str]) -> list[Score]:
         return self._score_many([(query, texts)])[0]
 
-    def _score_many(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[list[Score]]:
-        pieces = self._tokenized(requests)
-        return self._scores(requests, pieces, self._run([piece.encoding for piece in pieces]))
+    def _score_many(self, requests: Sequence[Request]) -> list[list[Score]]:
+        pieces: list[_Piece] = []
+        rows = self._queue.run_all(self._makes(requests, pieces))
+        return self._scored(requests, pieces, rows)
 
     async def _ascore(self, query: str, texts: Sequence[str]) -> list[Score]:
         return (await self._ascore_many([(query, texts)]))[0]
 
-    async def _ascore_many(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[list[Score]]:
+    async def _ascore_many(self, requests: Sequence[Request]) -> list[list[Score]]:
         pieces: list[_Piece] = []
+        rows = await self._queue.arun(*self._makes(requests, pieces))
+        return self._scored(requests, pieces, rows)
 
-        def tokenize(answer: Future[list[Row]]) -> Job[Encoding, Row]:
-            pieces.extend(self._tokenized(requests, answer))
-            return self._job([piece.encoding for piece in pieces], answer)
+    def _makes(self, requests: Sequence[Request], pieces: list[_Piece]) -> list[Make[Encoding, Row]]:
+        """What tokenises the requests, part by part, adds their pieces to the list and gives jobs for the model."""
+        call = Call()
 
-        rows = await self._queue.arun(tokenize)
-        report_usage(tokens=sum(len(piece.encoding.ids) for piece in pieces))
-        return self._scores(requests, pieces, rows)
+        def tokenize(part: Sequence[Request], first: int, answer: Future[list[Row]]) -> Job[Encoding, Row]:
+            found = self._tokenized(part, first, answer, wait=call.due is None)
+            pieces.extend(found)
+            return self._job([piece.encoding for piece in found], answer, call)
+
+        parts = self._parts(requests)
+        starts = accumulate((sum(len(texts) for _, texts in part) for part in parts), initial=0)
+        return [partial(tokenize, part, first) for part, first in zip(parts, starts, strict=False)]
+
+    def _parts(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """The requests in parts of about a batch, to be tokenised while the model reads those before; or in one."""
+        if not self._overlaps():
+            return [list(requests)]
+        parts: list[list[Request]] = [[]]
+        tokens = 0
+        for query, texts in requests:
+            start = 0
+            for end, text in enumerate(texts, 1):
+                tokens += min(self._limit, (len(query) + len(text)) // _CHARACTERS)
+                if tokens >= self._token_budget():
+                    parts[-1].append((query, texts[start:end]))
+                    parts.append([])
+                    start, tokens = end, 0
+            if start < len(texts):
+                parts[-1].append((query, texts[start:]))
+        return parts if parts[-1] or len(parts) == 1 else parts[:-1]
 
     def _ensure_loaded(self) -> None:
         if not self._loaded:
@@ -233,14 +273,14 @@ class LocalBackend(Backend):
         self._longest = longest
 
     def _tokenized(
-        self, requests: Sequence[tuple[str, Sequence[str]]], answer: Future[list[Row]] | None = None
+        self, requests: Sequence[Request], first: int, answer: Future[list[Row]], *, wait: bool
     ) -> list[_Piece]:
-        """The pieces of all requests in one list, when there is room for them in the queue."""
+        """The pieces of some requests, whose first text is the call's `first`; when there is room, if that matters."""
         pieces: list[_Piece] = []
-        first = 0
         with self._lock:
             self._ensure_loaded()
-            self._queue.wait_for_room(self.max_waiting, answer)
+            if wait:
+                self._queue.wait_for_room(self.max_waiting, answer)
             for query, texts in requests:
                 pieces += self._pieces(query, texts, first)
                 first += len(texts)
@@ -269,15 +309,14 @@ class LocalBackend(Backend):
                 pieces.append(_Piece(index, encoding, (start + first, start + last)))
         return pieces
 
-    def _run(self, encodings: Sequence[Encoding]) -> list[Row]:
-        """Every pair's logits, in order."""
-        rows = self._queue.run(self._job(encodings))
-        report_usage(tokens=sum(len(encoding.ids) for encoding in encodings))
-        return rows
-
-    def _job(self, encodings: Sequence[Encoding], answer: Future[list[Row]] | None = None) -> Job[Encoding, Row]:
+    def _job(
+        self,
+        encodings: Sequence[Encoding],
+        answer: Future[list[Row]] | None = None,
+        call: Call | None = None,
+    ) -> Job[Encoding, Row]:
         lengths = [len(encoding.ids) for encoding in encodings]
-        return Job(encodings, lengths, self._rows, self._fits, answer)
+        return Job(encodings, lengths, self._rows, self._fits, answer=answer, call=call)
 
     def _rows(self, encodings: Sequence[Encoding]) -> list[Row]:
         """Each pair's logits, of one batch."""
@@ -320,10 +359,9 @@ class LocalBackend(Backend):
         logger.warning("%s: out of memory; batches hold at most %d tokens from now on", self.name, self._budget)
         return np.concatenate([self._forward_safely(half) for half in batch.halves()])
 
-    def _scores(
-        self, requests: Sequence[tuple[str, Sequence[str]]], pieces: Sequence[_Piece], rows: Sequence[Row]
-    ) -> list[list[Score]]:
-        """Each request's scores."""
+    def _scored(self, requests: Sequence[Request], pieces: Sequence[_Piece], rows: Sequence[Row]) -> list[list[Score]]:
+        """Each request's scores; says what it took."""
+        report_usage(tokens=sum(len(piece.encoding.ids) for piece in pieces))
         self._report_truncated(pieces)
         best, index = self._best(pieces, rows), count()
         return [[best[text] for text in islice(index, len(texts)) if text in best] for _, texts in requests]

@@ -245,6 +245,64 @@ async def test_callers_take_turns_in_the_model():
     assert len(backend._loads) == 1
 
 
+class Overlapping(Words):
+    """Computes elsewhere, as on a GPU: a large call is tokenised in parts."""
+
+    batch_tokens: int | None = 20
+    _encoded: list = PrivateAttr(default_factory=list)
+
+    def _overlaps(self):
+        return True
+
+    def _encode(self, query, texts):
+        self._encoded.append((len(texts), len(self._batches_seen)))
+        return super()._encode(query, texts)
+
+
+REQUESTS = [("q", ["gold " * (i % 4) + "lead " * (9 + i) for i in range(12)]), ("r", []), ("a b", ["gold"])]
+
+
+def test_a_large_call_in_parts_gives_the_same():
+    parts, whole = Overlapping(), Words()
+
+    assert parts.score_many(REQUESTS) == whole.score_many(REQUESTS)
+    assert len(parts._encoded) > 4
+    assert sum(count for count, _ in parts._encoded) == 13
+
+
+async def test_an_awaited_large_call_in_parts_gives_the_same():
+    parts, whole = Overlapping(), Words()
+
+    assert await parts.ascore_many(REQUESTS) == whole.score_many(REQUESTS)
+    assert len(parts._encoded) > 4
+
+
+def test_the_model_reads_the_first_part_while_the_last_is_tokenised():
+    class Slow(Overlapping):
+        def _encode(self, query, texts):
+            time.sleep(0.05)
+            return super()._encode(query, texts)
+
+    backend = Slow()
+    backend.score("q", ["lead " * 10] * 20)
+
+    assert backend._encoded[0][1] == 0
+    assert backend._encoded[-1][1] > 0
+
+
+def test_parts_keep_usage_and_passages_of_long_documents():
+    from langchain_rerank.backends.base import collect_usage
+
+    texts = ["lead " * 60, "lead " * 50 + "gold", "gold", "lead " * 99]
+    found = []
+    for backend in (Overlapping(long_documents="max_passage"), Words(long_documents="max_passage")):
+        with collect_usage() as usage:
+            scores = backend.score("q", texts)
+        found.append((scores, [score.details for score in scores], usage))
+
+    assert found[0] == found[1]
+
+
 def test_a_copy_has_its_own_lock_and_nothing_loaded():
     backend = Words()
     backend.score("q", ["gold"])

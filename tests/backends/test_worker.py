@@ -13,13 +13,14 @@ import time
 import weakref
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import pytest
 from pydantic import PrivateAttr
 
 from langchain_rerank.backends import _worker
-from langchain_rerank.backends._worker import IDLE, IdleThread, Job, Scheduler
+from langchain_rerank.backends._worker import IDLE, Call, IdleThread, Job, Scheduler
 from langchain_rerank.backends.base import collect_usage, report_usage
 from langchain_rerank.backends.local import Encoding, LocalBackend, sigmoid
 
@@ -45,9 +46,9 @@ class Model:
             raise ValueError("13")
         return pairs
 
-    def job(self, name, *lengths, answer=None):
+    def job(self, name, *lengths, answer=None, call=None):
         pairs = [(name, length) for length in lengths]
-        return Job(pairs, lengths, self.forward, lambda length: max(1, self.tokens // length), answer)
+        return Job(pairs, lengths, self.forward, lambda length: max(1, self.tokens // length), answer=answer, call=call)
 
     def held(self):
         """The next batch waits until `go` is set."""
@@ -104,6 +105,105 @@ def gone(names):
             return False
         time.sleep(0.01)
     return True
+
+
+class TestParts:
+    """A call in several jobs."""
+
+    @staticmethod
+    def makes(model, *parts):
+        """What makes a job for each part."""
+        call = Call()
+        return [partial(lambda part, answer: model.job("a", *part, answer=answer, call=call), part) for part in parts]
+
+    def test_rows_come_in_the_order_of_the_parts(self, scheduler, model):
+        rows = scheduler.run_all(self.makes(model, [5, 50], [20], [90, 1]))
+
+        assert [length for _, length in rows] == [5, 50, 20, 90, 1]
+
+    async def test_awaited_rows_come_in_the_order_of_the_parts(self, scheduler, model):
+        rows = await scheduler.arun(*self.makes(model, [5, 50], [20], [90, 1]))
+
+        assert [length for _, length in rows] == [5, 50, 20, 90, 1]
+
+    def test_one_part_starts_no_thread(self, scheduler, model):
+        before = threads()
+        scheduler.run_all(self.makes(model, [5, 50]))
+
+        assert threads() == before
+
+    def test_the_model_reads_a_part_while_the_next_is_made(self, scheduler, model):
+        def second(answer):
+            assert model.began.wait(WAIT), "nobody reads the first part"
+            return model.job("a", 7, answer=answer)
+
+        assert scheduler.run_all([*self.makes(model, [5]), second]) == [("a", 5), ("a", 7)]
+
+    async def test_awaited_the_model_reads_a_part_while_the_next_is_made(self, scheduler, model):
+        def second(answer):
+            assert model.began.wait(WAIT), "nobody reads the first part"
+            return model.job("a", 7, answer=answer)
+
+        assert await scheduler.arun(*self.makes(model, [5]), second) == [("a", 5), ("a", 7)]
+
+    def test_another_call_goes_before_the_later_parts_of_a_large_one(self, scheduler, model, pool):
+        model.held()
+        large = pool.submit(scheduler.run_all, self.makes(model, [100] * 2, [100] * 2, [100] * 2))
+        waiting(scheduler, 3)
+        other = pool.submit(scheduler.run, model.job("other", *[100] * 2))
+        waiting(scheduler, 4)
+        model.go.set()
+        other.result(WAIT)
+        large.result(WAIT)
+
+        assert [batch[0][0] for batch in model.batches] == ["a"] * 2 + ["other"] * 2 + ["a"] * 4
+
+    def test_parts_wait_as_one_call(self, scheduler, model, pool):
+        model.held()
+        large = pool.submit(scheduler.run_all, self.makes(model, [50] * 40, [50] * 40))
+        waiting(scheduler, 2)
+
+        pool.submit(scheduler.wait_for_room, 10).result(WAIT)
+        model.go.set()
+        large.result(WAIT)
+
+    @pytest.mark.parametrize("parts", [([13], [5], [5]), ([5], [5], [13]), ([5], [13], [5])])
+    def test_an_error_in_a_part_ends_the_call(self, scheduler, model, parts):
+        with pytest.raises(ValueError, match="13"):
+            scheduler.run_all(self.makes(model, *parts))
+
+        assert scheduler.run(model.job("b", 5)) == [("b", 5)]
+
+    async def test_an_error_in_a_part_ends_an_awaited_call(self, scheduler, model):
+        with pytest.raises(ValueError, match="13"):
+            await scheduler.arun(*self.makes(model, [13], [5]))
+
+        assert await scheduler.arun(lambda answer: model.job("b", 5, answer=answer)) == [("b", 5)]
+
+    def test_when_a_part_cannot_be_made_those_before_it_leave_the_queue(self, scheduler, model):
+        def broken(answer):
+            raise RuntimeError("no such token")
+
+        model.held()
+        with pytest.raises(RuntimeError, match="no such token"):
+            scheduler.run_all([*self.makes(model, [100] * 5), broken])
+        assert scheduler._jobs == []
+        model.go.set()
+
+        assert scheduler.run(model.job("b", 5)) == [("b", 5)]
+        assert len(model.batches) <= 2
+
+    async def test_a_cancelled_call_takes_all_its_parts_along(self, scheduler, model):
+        model.held()
+        task = asyncio.create_task(scheduler.arun(*self.makes(model, [100] * 3, [100] * 3)))
+        await asyncio.to_thread(waiting, scheduler, 2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        model.go.set()
+
+        assert scheduler._jobs == []
+        assert await scheduler.arun(lambda answer: model.job("b", 5, answer=answer)) == [("b", 5)]
 
 
 class TestAlone:
@@ -317,7 +417,7 @@ class TestErrors:
             return [next(iter([]))]
 
         def job(answer=None):
-            return Job([1], [1], forward, lambda length: 1, answer)
+            return Job([1], [1], forward, lambda length: 1, answer=answer)
 
         with pytest.raises(RuntimeError, match="StopIteration") as caught:
             await asyncio.wait_for(scheduler.arun(job), WAIT)
