@@ -113,7 +113,7 @@ class Job(Generic[P, R]):
 
 
 Make: TypeAlias = Callable[[Future[list[R]]], Job[P, R]]
-"""Gives a job with an answer."""
+"""Gives a job with an answer. Of its two parameters the row comes first, then the pair."""
 
 
 def _fail(answer: Future[Any], error: BaseException) -> None:
@@ -192,7 +192,7 @@ class Scheduler(Generic[P, R]):
             finally:
                 del job  # an error's traceback holds this frame, and the job holds the error
 
-    def run_all(self, makes: Sequence[Make[P, R]]) -> list[R]:
+    def run_all(self, makes: Sequence[Make[R, P]]) -> list[R]:
         """The rows of several jobs of one call, in order: while one is made, those before it run in the thread.
 
         Args:
@@ -205,7 +205,8 @@ class Scheduler(Generic[P, R]):
         answers: list[Future[list[R]]] = []
         try:
             for make in early:
-                answers.append(self._started(make))
+                answers.append(Future())  # before the job is in the queue: an interruption takes it out again
+                self._start(make, answers[-1])
                 list(map(Future.result, filter(Future.done, answers)))  # an error ends it here
             rows = self.run(last(Future()))
             return [*chain.from_iterable(map(Future.result, answers)), *rows]
@@ -213,20 +214,18 @@ class Scheduler(Generic[P, R]):
             while answers:
                 self._give_up(answers.pop())  # no name for it here, as in `run`
 
-    def _started(self, make: Make[P, R]) -> Future[list[R]]:
+    def _start(self, make: Make[R, P], answer: Future[list[R]]) -> None:
         """Make a job, and let the thread drive where nobody does."""
-        answer: Future[list[R]] = Future()
         answer.add_done_callback(self._drop)
         if self._enqueue(make(answer)):
             self._leave(answer)
-        return answer
 
     def _give_up(self, answer: Future[list[R]]) -> None:
         """Take a job out, if it has no answer yet."""
         answer.cancel()
         self._leave(answer)
 
-    async def arun(self, *makes: Make[P, R]) -> list[R]:
+    async def arun(self, *makes: Make[R, P]) -> list[R]:
         """As `run` and `run_all`, without blocking the event loop.
 
         Args:
@@ -234,17 +233,17 @@ class Scheduler(Generic[P, R]):
                 given.
         """
         answers: list[Future[list[R]]] = [Future() for _ in makes]
-        for make, answer in zip(makes, answers, strict=True):
-            answer.add_done_callback(self._drop)
-            self._tokenizing.call(partial(contextvars.copy_context().run, self._make, make, answer))
-        del answer  # as in `run`
         try:
+            for make, answer in zip(makes, answers, strict=True):
+                answer.add_done_callback(self._drop)
+                self._tokenizing.call(partial(contextvars.copy_context().run, self._make, make, answer))
+            del answer  # as in `run`
             return list(chain.from_iterable(await asyncio.gather(*map(asyncio.wrap_future, answers))))
         finally:
             while answers:
                 answers.pop().cancel()
 
-    def _make(self, make: Callable[[Future[list[R]]], Job[P, R]], answer: Future[list[R]]) -> None:
+    def _make(self, make: Make[R, P], answer: Future[list[R]]) -> None:
         if answer.cancelled():
             return
         try:

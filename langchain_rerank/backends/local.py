@@ -228,7 +228,7 @@ class LocalBackend(Backend):
         rows = await self._queue.arun(*self._makes(requests, pieces))
         return self._scored(requests, pieces, rows)
 
-    def _makes(self, requests: Sequence[Request], pieces: list[_Piece]) -> list[Make[Encoding, Row]]:
+    def _makes(self, requests: Sequence[Request], pieces: list[_Piece]) -> list[Make[Row, Encoding]]:
         """What tokenises the requests, part by part, adds their pieces to the list and gives jobs for the model."""
         call = Call()
 
