@@ -18,7 +18,18 @@ require(*NEEDED, extra="train")
 # ruff: noqa: E402 - the checks come first
 from langchain_rerank._export import export as export_reranker
 from langchain_rerank._training.base import place_base
-from langchain_rerank._training.fit import bars, check_base, choose_device, fit, has_head, keep_layers, load_base, save
+from langchain_rerank._training.fit import (
+    bars,
+    check_base,
+    choose_device,
+    copied_weights,
+    fit,
+    has_head,
+    keep_layers,
+    load_base,
+    mix,
+    save,
+)
 from langchain_rerank._training.prepare import check_folder, prepare
 from langchain_rerank._training.recipe import Recipe, SetOptions, read_recipe
 from langchain_rerank._training.report import (
@@ -29,6 +40,7 @@ from langchain_rerank._training.report import (
     read_report,
     write_report,
 )
+from langchain_rerank.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
@@ -101,13 +113,17 @@ def _trained(settled: Recipe, folder: Path, *, llm: BaseChatModel | None, progre
         base_folder = place_base(settled.base, folder / "base")
         choose_device(settled)  # what cannot be is said before the long search
         check_base(base_folder)
+        _check_mixture(settled, base_folder)
         prepared = prepare(settled, folder, llm=llm, progress=progress)
         questions = prepared.questions
         model = load_base(base_folder, settled)
         base = judge(model, questions, settled) if has_head(base_folder) else None
         if settled.layers is not None:
             keep_layers(model.model, settled.layers)
+        before = copied_weights(model) if settled.base_share else {}
         seconds = fit(model, prepared.groups, questions, settled, folder / "checkpoints", progress=progress)
+        if settled.base_share:
+            mix(model, before, settled.base_share)
         save(model, folder)
     report = TrainingReport(
         folder=folder,
@@ -121,3 +137,15 @@ def _trained(settled: Recipe, folder: Path, *, llm: BaseChatModel | None, progre
     )
     write_report(report, settled, prepared)
     return report
+
+
+def _check_mixture(recipe: Recipe, base: str) -> None:
+    """Refuse to mix the result with a base that has not its weights."""
+    if recipe.base_share and recipe.layers is not None:
+        raise ConfigurationError(
+            "base_share mixes the result with its base, which has other layers= than it; choose one"
+        )
+    if recipe.base_share and not has_head(base):
+        raise ConfigurationError(
+            f"base_share mixes the result with its base, and {recipe.base!r} has no head that ranks yet; leave it out"
+        )

@@ -636,6 +636,24 @@ def test_a_model_with_fewer_layers_is_saved_and_loads(tiny_bert, pairs, tmp_path
     CrossEncoderBackend(model=str(tmp_path), device="cpu").warmup()
 
 
+def test_a_share_of_the_base_stays_in_each_weight(trained, learn, tiny_bert, tmp_path):
+    learn(tmp_path, base_share=0.25)
+    base, alone, mixed = (load_file(Path(each) / "model.safetensors") for each in (tiny_bert, trained.folder, tmp_path))
+
+    assert any(not torch.equal(base[name], alone[name]) for name in base)
+    for name in base:
+        torch.testing.assert_close(mixed[name], 0.25 * base[name] + 0.75 * alone[name])
+
+
+def test_what_has_other_weights_than_the_base_is_not_mixed_with_it(tiny_bert, plain_bert, pairs, tmp_path):
+    with pytest.raises(ConfigurationError, match="other layers="):
+        train(tiny_bert, pairs, tmp_path, base_share=0.5, layers=1)
+    with pytest.raises(ConfigurationError, match="has no head that ranks yet"):
+        train(plain_bert, pairs, tmp_path, base_share=0.5)
+
+    assert not (tmp_path / "groups.jsonl").exists()
+
+
 def test_a_plain_encoder_gets_a_head_that_the_seed_makes(plain_bert, pairs, tmp_path, capfd):
     report = train(plain_bert, pairs, tmp_path, layers=1)
 
@@ -773,7 +791,7 @@ def test_an_embedding_that_is_not_there_is_refused(tiny_bert, pairs, tmp_path):
 @pytest.fixture
 def small_sets(tiny_embedding, pairs, articles, monkeypatch):
     """The sets of the embedded model's recipe with their options, but for what is in them."""
-    monkeypatch.setenv("MINILM", tiny_embedding)
+    monkeypatch.setenv("MPNET", tiny_embedding)
     return [
         {**each, "path": articles if "synthetic" in each else pairs, "name": f"set {i}"}
         for i, each in enumerate(yaml.safe_load(RECIPE.read_text("utf-8"))["sets"])

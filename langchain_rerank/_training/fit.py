@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -220,6 +220,25 @@ def keep_layers(model: Any, count: int) -> None:
     model.config.num_hidden_layers = count
     if kinds := getattr(model.config, "layer_types", None):
         model.config.layer_types = [kinds[i] for i in kept]
+
+
+def copied_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights by name, as they are now."""
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def mix(model: nn.Module, base: Mapping[str, Tensor], share: float) -> None:
+    """Move every weight in place towards the base's, by a share of the way.
+
+    Args:
+        model: The trained model.
+        base: The `copied_weights` of the same model before the training.
+        share: 0 leaves the model as it is, 1 would make it the base.
+    """
+    with torch.no_grad():
+        for name, weight in model.state_dict().items():
+            if weight.is_floating_point():
+                weight.lerp_(base[name].to(weight.device), share)
 
 
 def fit(

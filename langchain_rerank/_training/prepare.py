@@ -30,9 +30,9 @@ from langchain_rerank.errors import ConfigurationError
 from langchain_rerank.factory import init_reranker, installed_backends, nearest
 
 if TYPE_CHECKING:
-    from langchain_core.embeddings import Embeddings
     from langchain_core.language_models import BaseChatModel
 
+    from langchain_rerank._training.embedding import Encoder
     from langchain_rerank.backends.base import Backend
 
 logger = logging.getLogger(__name__)
@@ -132,6 +132,8 @@ def _found(recipe: Recipe, sets: Sequence[TrainingSet], *, progress: bool) -> tu
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
         for each in sets:
             task = bar.add_task(f"Hard negatives: {each.name}", total=len(each.collection.queries))
+            if embedding is not None:
+                embedding.foresee(each.collection.queries.values())
             for query_id, candidates in _kept(find(each, embedding, recipe.fetch_k)):
                 bar.advance(task)
                 if query_id in held_out[each.name]:
@@ -159,7 +161,7 @@ def _kept(found: Iterator[tuple[str, Candidates]]) -> Iterator[tuple[str, Candid
     return ((query_id, candidates) for query_id, candidates in found if candidates.documents)
 
 
-def _encoder(recipe: Recipe) -> Embeddings | None:
+def _encoder(recipe: Recipe) -> Encoder | None:
     if recipe.embedding is None:
         return None
     from langchain_rerank._training.embedding import Encoder

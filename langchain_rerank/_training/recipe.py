@@ -119,6 +119,12 @@ class Recipe(Strict):
     batch_pairs: int = Field(default=32, ge=1)
     """Pairs that go through the model together, longest first. The gradient is the same but for rounding."""
 
+    base_share: float = Field(default=0.0, ge=0, lt=1)
+    """How much of the base stays in the result: so much of each weight is the base's, the rest the trained one. A model
+    that was trained further forgets less of what the sets do not show when it is mixed with what it was. With a fresh
+    head or fewer `layers` there is nothing to mix with.
+    Source: Wortsman et al., 2022 (WiSE-FT), https://arxiv.org/abs/2109.01903"""
+
     recompute: bool = False
     """Compute each `batch_pairs` again for its gradient, so that no more of them are in memory at once than that; else
     all `batch_size` times `group_size` are. Slower, and the same gradient."""
