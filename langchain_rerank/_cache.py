@@ -24,8 +24,8 @@ class ScoreCache:
     """Looks scores up by query, text and everything about the backend that can change a score.
 
     Keys are hexadecimal digests, values 8-byte floats, and behind them the details of a score that has any, such as
-    that of a truncated text, as JSON. A value that is no score is a miss. A score whose details JSON cannot hold is not
-    kept. A store that fails costs a warning and its hits, never the ranking.
+    that of a truncated text, as JSON. A value that is no score is a miss. A score whose details JSON would change is
+    not kept. A store that fails costs a warning and its hits, never the ranking.
 
     Args:
         store: Where they are kept.
@@ -118,9 +118,11 @@ def _feed(digest: Any, part: str) -> None:
 def _values(scores: Mapping[str, float]) -> dict[str, bytes]:
     values = {}
     for text, score in scores.items():
-        details = score.details if isinstance(score, Score) else {}
-        with suppress(TypeError, ValueError):  # JSON does not know such details
-            values[text] = _FLOAT.pack(score) + (json.dumps(details).encode() if details else b"")
+        details = dict(score.details) if isinstance(score, Score) else {}
+        with suppress(TypeError, ValueError, RecursionError):  # JSON does not know such details
+            content = json.dumps(details).encode() if details else b""
+            if not content or json.loads(content) == details:
+                values[text] = _FLOAT.pack(score) + content
     return values
 
 
@@ -138,6 +140,6 @@ def _with_details(score: float, content: bytes) -> float | None:
         return score
     try:
         details = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return Score(score, details) if isinstance(details, dict) else None

@@ -174,6 +174,7 @@ class Ranking:
     def _details(self, document: Document, score: float) -> dict[str, Any]:
         """What the backend says of a score; a span counts in the document's own text, without the heading."""
         details = dict(score.details) if isinstance(score, Score) else {}
+        details.pop("relevance_score", None)  # is the score itself
         if "passage_span" in details:
             heading = len(self._heading(document))
             details["passage_span"] = [max(0, place - heading) for place in details["passage_span"]]

@@ -1,6 +1,7 @@
 """Metadata that is read, many queries, the cache, cascades, near-duplicates, and where else a Reranker fits."""
 
 import json
+import math
 
 import pytest
 from fakes import LengthBackend, ScriptedBackend
@@ -261,14 +262,21 @@ class TestCache:
         assert second[0].metadata["passage_span"] == [3, 9]
         assert len(rerank.backend._calls) == 1
 
-    def test_a_score_whose_details_are_not_json_is_not_kept(self, store):
-        rerank = Reranker(backend=Cutting({"where": {1, 2}}), cache=store)
+    @pytest.mark.parametrize("where", [{1, 2}, (1, 2), {1: 2}, math.nan])
+    def test_a_score_whose_details_json_would_change_is_not_kept(self, store, where):
+        rerank = Reranker(backend=Cutting({"where": where}), cache=store)
         for _ in range(2):
             [ranked] = rerank.compress_documents([Document("a")], "q")
-            assert ranked.metadata["where"] == {1, 2}
+            assert repr(ranked.metadata["where"]) == repr(where)
         assert len(rerank.backend._calls) == 2
 
-    @pytest.mark.parametrize("tail", [b"{", b"[1]", b"\xff", b"{} {}"])
+    def test_details_do_not_say_another_score(self, store):
+        rerank = Reranker(backend=Cutting({"relevance_score": 0.9}), cache=store)
+        for _ in range(2):
+            [ranked] = rerank.compress_documents([Document("a")], "q")
+            assert ranked.metadata["relevance_score"] == 0.5
+
+    @pytest.mark.parametrize("tail", [b"{", b"[1]", b"\xff", b"{} {}", b"[" * 100_000])
     def test_details_that_cannot_be_read_are_a_miss(self, store, tail):
         rerank = Reranker(backend=Cutting({"truncated": True}), cache=store)
         rerank.rerank("q", ["a"])

@@ -37,6 +37,7 @@ from typer.testing import CliRunner
 from langchain_rerank import init_reranker
 from langchain_rerank._training.asking import make_llm
 from langchain_rerank._training.base import place_base
+from langchain_rerank._training.embedding import Encoder
 from langchain_rerank._training.fit import GroupLoss, _last_checkpoint, keep_layers, load_base
 from langchain_rerank._training.mining import Candidates, Group, GroupMaker, read_lines
 from langchain_rerank._training.sets import TrainingSet, read_set
@@ -781,6 +782,16 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
 def test_what_a_recipe_names_and_is_not_there_is_refused(options, problem, tiny_bert, pairs, tmp_path):
     with pytest.raises(ConfigurationError, match=problem):
         train(tiny_bert, pairs, tmp_path, **options)
+
+
+def test_queries_that_come_next_are_embedded_together(tiny_embedding, monkeypatch):
+    encoder = Encoder(tiny_embedding, "cpu")
+    queries = [query for query, _ in FACTS]
+    alone = [encoder.embed_query(query) for query in queries]
+    encoder.foresee(queries)
+    monkeypatch.setattr(encoder, "_encode", None)
+
+    np.testing.assert_allclose([encoder.embed_query(query) for query in queries], alone, atol=0.02)  # bfloat16
 
 
 def test_an_embedding_that_is_not_there_is_refused(tiny_bert, pairs, tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 from langchain_core.embeddings import Embeddings
+from numpy.typing import NDArray
 
 from langchain_rerank.backends._torch import pick_dtype
 from langchain_rerank.errors import ModelLoadError
@@ -36,21 +37,28 @@ class Encoder(Embeddings):
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelLoadError(f"{model!r} cannot be loaded: {' '.join(str(error).split())}") from error
-        self._foreseen: dict[str, list[float]] = {}
-
-    def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Texts to vectors, one each."""
-        return self._encode(texts)
+        self._foreseen: dict[str, NDArray[np.float32]] = {}
 
     def foresee(self, queries: Iterable[str]) -> None:
         """Embed the queries that come next, together: one by one would take several times as long."""
+        self._foreseen.clear()
         texts = list(dict.fromkeys(queries))
-        self._foreseen = dict(zip(texts, self._encode(texts), strict=True))
+        self._foreseen.update(zip(texts, self._encode(texts), strict=True))
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Texts to vectors, one each."""
+        return [_floats(vector) for vector in self._encode(texts)]
 
     def embed_query(self, text: str) -> list[float]:
         """One query to its vector."""
-        return self._foreseen[text] if text in self._foreseen else self._encode([text])[0]
+        found = self._foreseen.get(text)
+        return _floats(self._encode([text])[0] if found is None else found)
 
-    def _encode(self, texts: Sequence[str]) -> list[list[float]]:
+    def _encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Shape (n, d)."""
         vectors = self._model.encode(list(texts), batch_size=_BATCH, show_progress_bar=False, convert_to_numpy=True)
-        return [[float(value) for value in vector] for vector in np.asarray(vectors, dtype=np.float32)]
+        return np.asarray(vectors, dtype=np.float32)
+
+
+def _floats(vector: NDArray[np.float32]) -> list[float]:
+    return [float(value) for value in vector]

@@ -33,11 +33,16 @@ SIMILAR = 0.75
 
 
 class Call:
-    """What several jobs have in common: they wait, and are due, as one job of all their pairs would."""
+    """What several jobs have in common: they wait, and are due, as one job of all their pairs would.
 
-    def __init__(self) -> None:
+    Args:
+        tokens: How many tokens they have together, about.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
         self.due: int | None = None
-        """When the last of them that is in the queue is due; `None` as long as none is."""
+        """`None` until the first of them is in the queue."""
 
 
 class Job(Generic[P, R]):
@@ -64,7 +69,7 @@ class Job(Generic[P, R]):
     ) -> None:
         self.pairs, self.forward, self.fits = pairs, forward, fits
         self.answer: Future[list[R]] = Future() if answer is None else answer
-        self.call = call or Call()
+        self.call = call or Call(sum(lengths))
         self.context = contextvars.copy_context()
         self.alone = False
         self.due = 0
@@ -201,13 +206,18 @@ class Scheduler(Generic[P, R]):
         Raises:
             Exception: What the model raised for these pairs, or the tokenizer.
         """
+        if self._driving.ending:  # at the interpreter's exit no thread would drive the early ones
+            return list(chain.from_iterable(self.run(make(Future())) for make in makes))
         *early, last = makes
         answers: list[Future[list[R]]] = []
+        read = 0
         try:
             for make in early:
                 answers.append(Future())  # before the job is in the queue: an interruption takes it out again
                 self._start(make, answers[-1])
-                list(map(Future.result, filter(Future.done, answers)))  # an error ends it here
+                while read < len(answers) and answers[read].done():
+                    answers[read].result()  # an error ends it here
+                    read += 1
             rows = self.run(last(Future()))
             return [*chain.from_iterable(map(Future.result, answers)), *rows]
         finally:
@@ -222,8 +232,12 @@ class Scheduler(Generic[P, R]):
 
     def _give_up(self, answer: Future[list[R]]) -> None:
         """Take a job out, if it has no answer yet."""
-        answer.cancel()
-        self._leave(answer)
+        try:
+            answer.cancel()
+            self._leave(answer)
+        except BaseException:  # interrupted, as in `run`
+            self._leave(answer)
+            raise
 
     async def arun(self, *makes: Make[R, P]) -> list[R]:
         """As `run` and `run_all`, without blocking the event loop.
@@ -261,8 +275,9 @@ class Scheduler(Generic[P, R]):
         with self._guard:
             if job.answer.done():
                 return False
-            since = self._read if job.call.due is None else job.call.due
-            job.due = job.call.due = since + job.length(range(len(job.pairs)))
+            if job.call.due is None:
+                job.call.due = self._read + job.call.tokens
+            job.due = job.call.due
             self._jobs = sorted([*self._jobs, job], key=lambda job: job.due)
             if self._driver and not self._driver.done():
                 return False

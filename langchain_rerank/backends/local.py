@@ -36,7 +36,10 @@ Request: TypeAlias = tuple[str, Sequence[str]]
 """A query with its texts."""
 
 _CHARACTERS = 4
-"""So many are a token, about; where they are fewer, batches' worth of parts are somewhat larger."""
+"""So many are a token, about."""
+
+_PARTS = 100
+"""A call is tokenised in so many parts at most."""
 
 
 @dataclass(frozen=True)
@@ -230,34 +233,45 @@ class LocalBackend(Backend):
 
     def _makes(self, requests: Sequence[Request], pieces: list[_Piece]) -> list[Make[Row, Encoding]]:
         """What tokenises the requests, part by part, adds their pieces to the list and gives jobs for the model."""
-        call = Call()
+        parts, tokens = self._parts(requests)
+        call = Call(tokens) if len(parts) > 1 else None
 
         def tokenize(part: Sequence[Request], first: int, answer: Future[list[Row]]) -> Job[Encoding, Row]:
-            found = self._tokenized(part, first, answer, wait=call.due is None)
+            found = self._tokenized(part, first, answer)
             pieces.extend(found)
             return self._job([piece.encoding for piece in found], answer, call)
 
-        parts = self._parts(requests)
         starts = accumulate((sum(len(texts) for _, texts in part) for part in parts), initial=0)
         return [partial(tokenize, part, first) for part, first in zip(parts, starts, strict=False)]
 
-    def _parts(self, requests: Sequence[Request]) -> list[list[Request]]:
-        """The requests in parts of about a batch, to be tokenised while the model reads those before; or in one."""
-        if not self._overlaps():
-            return [list(requests)]
+    def _parts(self, requests: Sequence[Request]) -> tuple[list[list[Request]], int]:
+        """The requests in parts of a batch and more, to be tokenised while the model reads those before; or in one.
+
+        Returns:
+            The parts, and how many tokens they have together, about.
+        """
+        if not (self._loaded and self._overlaps()):
+            return [list(requests)], 0
+        lengths = [[self._about(query, text) for text in texts] for query, texts in requests]
+        total = sum(map(sum, lengths))
+        most = max(self._token_budget(), total // _PARTS)
         parts: list[list[Request]] = [[]]
         tokens = 0
-        for query, texts in requests:
+        for (query, texts), counts in zip(requests, lengths, strict=True):
             start = 0
-            for end, text in enumerate(texts, 1):
-                tokens += min(self._limit, (len(query) + len(text)) // _CHARACTERS)
-                if tokens >= self._token_budget():
+            for end, length in enumerate(counts, 1):
+                tokens += length
+                if tokens >= most:
                     parts[-1].append((query, texts[start:end]))
                     parts.append([])
                     start, tokens = end, 0
             if start < len(texts):
                 parts[-1].append((query, texts[start:]))
-        return parts if parts[-1] or len(parts) == 1 else parts[:-1]
+        return parts if parts[-1] or len(parts) == 1 else parts[:-1], total
+
+    def _about(self, query: str, text: str) -> int:
+        """How many tokens a pair may have."""
+        return min(self._limit, (len(query) + len(text)) // _CHARACTERS + 1)
 
     def _ensure_loaded(self) -> None:
         if not self._loaded:
@@ -272,15 +286,12 @@ class LocalBackend(Backend):
             )
         self._longest = longest
 
-    def _tokenized(
-        self, requests: Sequence[Request], first: int, answer: Future[list[Row]], *, wait: bool
-    ) -> list[_Piece]:
-        """The pieces of some requests, whose first text is the call's `first`; when there is room, if that matters."""
+    def _tokenized(self, requests: Sequence[Request], first: int, answer: Future[list[Row]]) -> list[_Piece]:
+        """The pieces of some requests, whose first text is the call's `first`, when there is room in the queue."""
         pieces: list[_Piece] = []
         with self._lock:
             self._ensure_loaded()
-            if wait:
-                self._queue.wait_for_room(self.max_waiting, answer)
+            self._queue.wait_for_room(self.max_waiting, answer)
             for query, texts in requests:
                 pieces += self._pieces(query, texts, first)
                 first += len(texts)

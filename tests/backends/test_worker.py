@@ -113,7 +113,7 @@ class TestParts:
     @staticmethod
     def makes(model, *parts):
         """What makes a job for each part."""
-        call = Call()
+        call = Call(sum(map(sum, parts)))
         return [partial(lambda part, answer: model.job("a", *part, answer=answer, call=call), part) for part in parts]
 
     def test_rows_come_in_the_order_of_the_parts(self, scheduler, model):
@@ -146,17 +146,31 @@ class TestParts:
 
         assert await scheduler.arun(*self.makes(model, [5]), second) == [("a", 5), ("a", 7)]
 
-    def test_another_call_goes_before_the_later_parts_of_a_large_one(self, scheduler, model, pool):
+    @pytest.mark.parametrize(
+        ("other", "order"),
+        [(2, ["a"] + ["other"] * 2 + ["a"] * 5), (6, ["a"] * 6 + ["other"] * 6)],
+        ids=["small", "as large"],
+    )
+    def test_parts_take_their_turn_as_one_job_would(self, scheduler, model, pool, other, order):
         model.held()
         large = pool.submit(scheduler.run_all, self.makes(model, [100] * 2, [100] * 2, [100] * 2))
         waiting(scheduler, 3)
-        other = pool.submit(scheduler.run, model.job("other", *[100] * 2))
+        second = pool.submit(scheduler.run, model.job("other", *[100] * other))
         waiting(scheduler, 4)
         model.go.set()
-        other.result(WAIT)
+        second.result(WAIT)
         large.result(WAIT)
 
-        assert [batch[0][0] for batch in model.batches] == ["a"] * 2 + ["other"] * 2 + ["a"] * 4
+        assert [batch[0][0] for batch in model.batches] == order
+
+    def test_where_no_thread_would_drive_the_caller_drives_all_parts(self, scheduler, model):
+        scheduler._driving._calls.end()
+        found, makes = [], self.makes(model, [50, 10], [50])
+        caller = threading.Thread(target=lambda: found.extend(scheduler.run_all(makes)), daemon=True)
+        caller.start()
+        caller.join(WAIT)
+
+        assert found == [("a", 50), ("a", 10), ("a", 50)]
 
     def test_parts_wait_as_one_call(self, scheduler, model, pool):
         model.held()
