@@ -429,7 +429,7 @@ def _runs(lane: Lane) -> Iterator[tuple[str, Any]]:
 
 
 def plot(contests: Sequence[Contest], file: Path) -> None:
-    """Seconds of each contestant as bars, one panel for each shape; asks for the extra `docs`."""
+    """Seconds of each contestant as bars, one panel for each shape; asks for the extra `plot`."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -62,7 +62,7 @@ def run(options: Any, title: str, setting: Setting, shapes: Sequence[str], conte
         0 if anybody could be measured, 1 if nobody, 2 if the plot could not be drawn.
     """
     if options.plot and find_spec("matplotlib") is None:
-        print("--plot asks for matplotlib, which is in the extra docs", file=sys.stderr)
+        print("--plot asks for matplotlib, which is in the extra plot", file=sys.stderr)
         return 2
     chosen = [each for each in contestants if not options.only or any(text in each.name for text in options.only)]
     contests = list(prepared(setting, shapes, chosen))

@@ -125,6 +125,9 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers, each query's too.")
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw them, as .png, .svg or .pdf; needs Matplotlib.")
+    ] = None,
     backend: BackendOption = None,
     config: ConfigOption = None,
     option: Options = None,
@@ -139,6 +142,8 @@ def evaluate(
         from langchain_rerank.data import read_beir
 
         experiment.require_extras()
+        if plot is not None:
+            experiment.check_plot(plot)
         reranker, collection = _reranker(backend, config, option), read_beir(folder)
         result = experiment.run(collection, experiment.choose(collection, queries), reranker)
         out = standard_output()
@@ -146,6 +151,8 @@ def evaluate(
         experiment.print_comparison(out, result.comparison)
         if json_file is not None:
             experiment.write_json(json_file, reranker, result.comparison)
+        if plot is not None:
+            experiment.write_plot(plot, result.comparison)
 
 
 @app.command()

@@ -18,6 +18,8 @@ from langchain_rerank.errors import ConfigurationError
 from langchain_rerank.reranker import Reranker
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 Qrels: TypeAlias = Mapping[str, Mapping[str, int]]
@@ -33,6 +35,9 @@ CONTEXT_BEFORE, CONTEXT_AFTER = 10, 5
 """How many of the best documents a reader (a language model, say) is given without and with reranking."""
 
 RESAMPLES = 10_000
+
+_BLUE, _ORANGE = "#0072b2", "#d55e00"
+"""Colours that are told apart by everybody: Okabe and Ito, https://jfly.uni-koeln.de/color/"""
 
 
 @dataclass(frozen=True)
@@ -242,6 +247,53 @@ def verdict(comparison: Comparison) -> str:
         f"nDCG@10 {comparison.difference} (paired bootstrap over {len(comparison.gains)} queries, "
         f"{RESAMPLES:,} resamples)."
     )
+
+
+def to_plot(comparison: Comparison) -> Figure:
+    """The metrics before and after, and beside them how much each query gained, as a figure of Matplotlib.
+
+    Raises:
+        MissingDependencyError: Matplotlib is not installed.
+    """
+    require("matplotlib", extra="plot")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    means, gains = figure.subplots(1, 2)
+    _plot_means(means, comparison)
+    _plot_gains(gains, comparison)
+    return figure
+
+
+def _plot_means(axes: Axes, comparison: Comparison) -> None:
+    """Two bars for each metric, with their values."""
+    for name, stage, shift, colour in (
+        ("before", comparison.before, -0.2, "0.7"),
+        ("after", comparison.after, 0.2, _BLUE),
+    ):
+        places = [place + shift for place in range(len(METRICS))]
+        bars = axes.bar(places, [stage.mean(metric) for metric in METRICS], 0.4, label=name, color=colour)
+        axes.bar_label(bars, fmt="%.3f", fontsize=8)
+    axes.set_xticks(range(len(METRICS)), METRICS)
+    axes.set_ylim(0, 1.2)  # room for the legend
+    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    axes.set_title(f"Mean over {len(comparison.gains)} queries")
+    axes.legend(frameon=False, loc="upper left", ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plot_gains(axes: Axes, comparison: Comparison) -> None:
+    """A bar for each query, largest gain first; their mean, and where that lies with 95 % confidence."""
+    gains = sorted(comparison.gains.values(), reverse=True)
+    better, worse, difference = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains), comparison.difference
+    axes.bar(range(len(gains)), gains, 1.0, color=[_BLUE if gain > 0 else _ORANGE for gain in gains])
+    axes.axhspan(difference.low, difference.high, color="black", alpha=0.15, lw=0)
+    axes.axhline(difference.mean, color="black", lw=1)
+    axes.axhline(0, color="0.7", lw=0.5)
+    axes.set_xticks([])
+    axes.set_xlabel(f"{better} queries better, {len(gains) - better - worse} as before, {worse} worse")
+    axes.set_title(f"Gain in nDCG@10: {difference}", fontsize=10)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:

@@ -387,6 +387,7 @@ def test_backends_lists_ours_and_where_they_run():
         "eval",
         "train",
         "openvino",
+        "plot",
     ]
 
 

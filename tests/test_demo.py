@@ -179,6 +179,13 @@ def test_eval_asks_as_many_queries_as_it_is_told(planets):
     assert json.loads((planets / "out.json").read_text())["queries"] == 1
 
 
+@pytest.mark.parametrize(("name", "start"), [("gain.png", b"\x89PNG"), ("gain.SVG", b"<?xml"), ("gain.pdf", b"%PDF")])
+def test_eval_draws_what_it_measured(planets, name, start):
+    cli("eval", planets, "--plot", planets / name)
+
+    assert (planets / name).read_bytes().startswith(start)
+
+
 def test_eval_says_what_is_wrong_with_a_folder(planets):
     def complaint(*arguments):
         result = CliRunner().invoke(app, ["eval", *map(str, arguments)])
@@ -186,6 +193,8 @@ def test_eval_says_what_is_wrong_with_a_folder(planets):
         return result.stderr
 
     assert "has no corpus.jsonl or corpus.jsonl.gz" in complaint(planets / "nowhere")
+    assert "Cannot draw gain.txt: the name of a picture ends in .png" in complaint(planets, "--plot", "gain.txt")
+    assert "Cannot write" in complaint(planets, "--plot", planets / "nowhere" / "gain.png")
     assert "Cannot write" in complaint(planets, "--json", planets / "nowhere" / "out.json")
     (planets / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nother\tmars\t1\n")
     assert "The qrels judge none of the queries" in complaint(planets)

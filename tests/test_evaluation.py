@@ -10,6 +10,7 @@ from langchain_core.retrievers import BaseRetriever
 
 from langchain_rerank import Backend, Reranker, RerankError
 from langchain_rerank.evaluation import (
+    METRICS,
     Interval,
     Ranked,
     bootstrap,
@@ -20,6 +21,7 @@ from langchain_rerank.evaluation import (
     spread_sample,
     to_json,
     to_markdown,
+    to_plot,
     to_table,
     typical_gain,
 )
@@ -256,6 +258,22 @@ def test_the_terminal_table_has_the_same_cells(small):
 
     markdown = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in to_markdown(small).splitlines()]
     assert cells == markdown[2:9]
+
+
+def test_the_plot_shows_the_means_and_each_querys_gain():
+    first, second = ranking("a", "x"), ranking("x", "a")
+    judged = {query: {"a": 1} for query in ("better", "worse", "same", "too")}
+    before = {"better": second, "worse": first, "same": second, "too": second}
+    after = {"better": first, "worse": second, "same": second, "too": first}
+    means, gains = to_plot(compare(judged, before, after)).axes
+    low, middle = 0.6309, 0.3691
+
+    heights = [[bar.get_height() for bar in bars] for bars in means.containers]
+    assert heights[0] == pytest.approx([(1 + 3 * low) / 4, 2.5 / 4, 1, 1], abs=1e-4)
+    assert heights[1] == pytest.approx([(2 + 2 * low) / 4, 3 / 4, 1, 1], abs=1e-4)
+    assert [label.get_text() for label in means.get_xticklabels()] == list(METRICS)
+    assert [bar.get_height() for bar in gains.containers[0]] == pytest.approx([middle, middle, 0, -middle], abs=1e-4)
+    assert gains.get_xlabel() == "2 queries better, 1 as before, 1 worse"
 
 
 def test_the_json_holds_each_querys_scores(small):

@@ -30,6 +30,7 @@ from langchain_rerank.evaluation import (
     retrieve,
     spread_sample,
     to_json,
+    to_plot,
     to_table,
     typical_gain,
     verdict,
@@ -163,5 +164,33 @@ def write_json(file: Path, reranker: Reranker, comparison: Comparison) -> None:
     backend = {"backend": reranker.backend.name, "model": reranker.backend.model}
     try:
         file.write_text(json.dumps({**backend, **to_json(comparison)}, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"Cannot write {file}: {error.strerror or error}") from error
+
+
+def check_plot(file: Path) -> None:
+    """Refuse what cannot be drawn before anybody waits.
+
+    Raises:
+        ConfigurationError: Matplotlib writes no such kind of file.
+        MissingDependencyError: Matplotlib is not installed.
+    """
+    require(*EXTRAS["plot"], extra="plot")
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if file.suffix.lower().removeprefix(".") not in known:
+        raise ConfigurationError(f"Cannot draw {file}: the name of a picture ends in .png, .svg or .pdf")
+
+
+def write_plot(file: Path, comparison: Comparison) -> None:
+    """Draw the comparison.
+
+    Raises:
+        ConfigurationError: The file cannot be written.
+    """
+    figure = to_plot(comparison)
+    try:
+        figure.savefig(file, dpi=150)
     except OSError as error:
         raise ConfigurationError(f"Cannot write {file}: {error.strerror or error}") from error

@@ -25,6 +25,7 @@ EXTRAS = {
     "eval": ("ir_measures",),
     "train": NEEDED,
     "openvino": QUANTISING,
+    "plot": ("ir_measures", "matplotlib"),
 }
 """The extras that are no backend's, and the modules they bring."""
 
