@@ -48,6 +48,16 @@ def test_scores_on_the_gpu_are_those_of_the_cpu(request, name, dtype):
     assert found == pytest.approx(expected, abs=TOLERANCE[dtype])
 
 
+def test_a_large_call_in_parts_gives_the_same(tiny_bert):
+    texts = [f"{text} {place}" for place in range(20) for text in TEXTS]
+    expected = build("tiny_bert", tiny_bert, device="cpu", dtype="float32").score(QUERY, texts)
+    backend = build("tiny_bert", tiny_bert, device="cuda", dtype="float32", batch_tokens=512)
+    backend.warmup()
+
+    assert len(backend._parts([(QUERY, texts)])[0]) > 5
+    assert backend.score(QUERY, texts) == pytest.approx(expected, abs=TOLERANCE["float32"])
+
+
 SHAPES = {
     "bge-reranker-base, 278M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
     "bge-reranker-v2-m3, 568M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
