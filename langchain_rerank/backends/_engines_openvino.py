@@ -18,6 +18,7 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 
+from langchain_rerank.backends._engines_onnx import quiet
 from langchain_rerank.backends.local import Batch, Logits, sigmoid
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _graph(network: Convertible) -> Any:
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet("transformers"):  # of attributes that only tracing asks for
         warnings.simplefilter("ignore")  # tracing warns of branches; the result is checked on other shapes
         decoder = TorchScriptPythonDecoder(network.model, example_input=network.example)
         frontend = FrontEndManager().load_by_framework("pytorch")
