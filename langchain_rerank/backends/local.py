@@ -211,9 +211,7 @@ class LocalBackend(Backend):
         with self._lock:
             self._ensure_loaded()
             encodings = self._encode(clean(query), [clean(text) for text in texts])
-        rows = self._queue.run(self._job(encodings))
-        report_usage(tokens=sum(len(encoding.ids) for encoding in encodings))
-        return [float(np.ravel(row)[-1]) for row in rows]
+        return [float(np.ravel(row)[-1]) for row in self._run(encodings)]
 
     def _score(self, query: str, texts: Sequence[str]) -> list[Score]:
         return self._score_many([(query, texts)])[0]
@@ -319,6 +317,12 @@ class LocalBackend(Backend):
             else:
                 pieces.append(_Piece(index, encoding, (start + first, start + last)))
         return pieces
+
+    def _run(self, encodings: Sequence[Encoding]) -> list[Row]:
+        """Every pair's logits, in order."""
+        rows = self._queue.run(self._job(encodings))
+        report_usage(tokens=sum(len(encoding.ids) for encoding in encodings))
+        return rows
 
     def _job(
         self,
