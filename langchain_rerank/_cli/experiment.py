@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -162,10 +163,8 @@ def write_json(file: Path, reranker: Reranker, comparison: Comparison) -> None:
         ConfigurationError: The file cannot be written.
     """
     backend = {"backend": reranker.backend.name, "model": reranker.backend.model}
-    try:
+    with _writing(file):
         file.write_text(json.dumps({**backend, **to_json(comparison)}, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigurationError(f"Cannot write {file}: {error.strerror or error}") from error
 
 
 def check_plot(file: Path) -> None:
@@ -190,7 +189,13 @@ def write_plot(file: Path, comparison: Comparison) -> None:
         ConfigurationError: The file cannot be written.
     """
     figure = to_plot(comparison)
-    try:
+    with _writing(file):
         figure.savefig(file, dpi=150)
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigurationError(f"Cannot write {file}: {error.strerror or error}") from error

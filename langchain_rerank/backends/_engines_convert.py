@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from langchain_rerank.backends.local import Batch, Logits
+from langchain_rerank.backends.local import Batch, Logits, input_names
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ class Convertible:
 
     def __init__(self, model: Any, *, wants_type_ids: bool) -> None:
         self.model = model.float().eval()
-        self.wants_type_ids = wants_type_ids
+        self._inputs = input_names(type_ids=wants_type_ids)
         longest = getattr(model.config, "max_position_embeddings", 0) or max(tokens for _, tokens in _SHAPES)
         self._batches = [self._batch(pairs, min(tokens, longest - _OFFSET)) for pairs, tokens in _SHAPES]
         self._expected = [self._logits(batch) for batch in self._batches]
@@ -43,7 +43,7 @@ class Convertible:
         """A batch to trace the model with: its named inputs, shape (b, t)."""
         import torch
 
-        return {name: torch.from_numpy(array) for name, array in arrays(self._batches[0], self.wants_type_ids).items()}
+        return {name: torch.from_numpy(array) for name, array in self._batches[0].named(self._inputs).items()}
 
     def check(self, network: Any) -> None:
         """Hold a converted network against PyTorch, on batches of other shapes than the traced one.
@@ -73,15 +73,9 @@ class Convertible:
         import torch
 
         with torch.inference_mode():
-            tensors = {name: torch.from_numpy(array) for name, array in arrays(batch, self.wants_type_ids).items()}
+            tensors = {name: torch.from_numpy(array) for name, array in batch.named(self._inputs).items()}
             logits: Logits = self.model(**tensors).logits.reshape(-1).numpy()
             return logits
-
-
-def arrays(batch: Batch, wants_type_ids: bool) -> dict[str, Any]:  # noqa: FBT001 - there is no third argument
-    """A batch under the names that the models of transformers give their inputs."""
-    named = {"input_ids": batch.ids, "attention_mask": batch.mask}
-    return {**named, "token_type_ids": batch.type_ids} if wants_type_ids else named
 
 
 def _read_first_token_only(model: Any) -> None:

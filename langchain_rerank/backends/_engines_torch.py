@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from langchain_rerank._optional import missing
-from langchain_rerank.backends.local import Batch, Logits
+from langchain_rerank.backends.local import Batch, Logits, input_names
 from langchain_rerank.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class TorchNetwork:
         """One padded batch of b pairs, shape (b, t) token ids, to b logits."""
         import torch
 
-        names = ["input_ids", "attention_mask", *(["token_type_ids"] if self._wants_type_ids else [])]
+        names = input_names(type_ids=self._wants_type_ids)
         with torch.inference_mode():
             tensors = {name: torch.from_numpy(array).to(self._device) for name, array in batch.named(names).items()}
             logits: Logits = self.model(**tensors).logits.view(-1).float().cpu().numpy()

@@ -249,7 +249,6 @@ class Scheduler(Generic[P, R]):
         answers: list[Future[list[R]]] = [Future() for _ in makes]
         try:
             for make, answer in zip(makes, answers, strict=True):
-                answer.add_done_callback(self._drop)
                 self._tokenizing.call(partial(contextvars.copy_context().run, self._make, make, answer))
             del answer  # as in `run`
             return list(chain.from_iterable(await asyncio.gather(*map(asyncio.wrap_future, answers))))
@@ -261,8 +260,7 @@ class Scheduler(Generic[P, R]):
         if answer.cancelled():
             return
         try:
-            if self._enqueue(make(answer)):
-                self._leave(answer)
+            self._start(make, answer)
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is the caller's
             _fail(answer, error)
         finally:

@@ -90,6 +90,11 @@ class Batch:
         )
 
 
+def input_names(*, type_ids: bool) -> list[str]:
+    """The inputs of an encoder of transformers, for `Batch.named`; type ids where it wants to know them."""
+    return ["input_ids", "attention_mask", *(["token_type_ids"] if type_ids else [])]
+
+
 @dataclass(frozen=True)
 class _Piece:
     """A text, or one passage of a long one."""
@@ -250,7 +255,7 @@ class LocalBackend(Backend):
         """
         if not (self._loaded and self._overlaps()):
             return [list(requests)], 0
-        lengths = [[self._about(query, text) for text in texts] for query, texts in requests]
+        lengths = [[self._estimated(query, text) for text in texts] for query, texts in requests]
         total = sum(map(sum, lengths))
         most = max(self._token_budget(), total // _PARTS)
         parts: list[list[Request]] = [[]]
@@ -267,7 +272,7 @@ class LocalBackend(Backend):
                 parts[-1].append((query, texts[start:]))
         return parts if parts[-1] or len(parts) == 1 else parts[:-1], total
 
-    def _about(self, query: str, text: str) -> int:
+    def _estimated(self, query: str, text: str) -> int:
         """How many tokens a pair may have."""
         return min(self._limit, (len(query) + len(text)) // _CHARACTERS + 1)
 
