@@ -60,6 +60,7 @@ PEERS = (
     Contestant(BASELINE, "langchain", "torch", always=True),
     Contestant("sentence-transformers", "sentence-transformers", "torch"),
     Contestant("sentence-transformers, tuned", "sentence-transformers-tuned", "torch", always=True),
+    Contestant("sentence-transformers on OpenVINO", "sentence-transformers-openvino", "openvino", always=True),
     Contestant("FlagEmbedding FlagReranker", "flagembedding", "flagembedding"),
     Contestant("rerankers", "rerankers", "torch"),
     Contestant("FlashRank", "flashrank", "onnx", onnx=True),

@@ -10,8 +10,8 @@ has imports, loading and one pair; `peak MiB` is the most memory that the proces
 against PyTorch in float32, one pair at a time. GFLOP are those of the pairs without padding, all layers counted in
 full, `_shapes.py` says how; the peak is the best matrix product of several libraries and sizes, in the fastest dtype.
 
-Whoever takes over `--slow` seconds for one ranking is measured in the first round only, save ours and the two that the
-targets are about, and after `--minutes` nothing more is begun but the first round; the column `rounds` tells. Models,
+Whoever takes over `--slow` seconds for one ranking is measured in the first round only, save ours, LangChain's path
+and the tuned peers, and after `--minutes` nothing more is begun but the first round; the column `rounds` tells. Models,
 what was converted and the peers' environments are made before that and kept (`--prepare` does no more).
 
 `--ours engine=torch,dtype=float32` adds this package with explicit options, and may be given again. `backend=embedded`

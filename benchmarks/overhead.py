@@ -62,7 +62,7 @@ _IDS = [1] * 128
 
 
 def documents() -> list[Document]:
-    """Such as are read whole: a cache does not keep the score of a text that was cut."""
+    """Such as are read whole."""
     return [document for document in load_stackfaq().documents if len(document.page_content) < LONGEST][:DOCUMENTS]
 
 

@@ -377,7 +377,7 @@ def test_backends_lists_ours_and_where_they_run():
         "monot5",
         "remote",
     ]
-    assert listed["embedded"] | {"status": "ready", "runs_on": "cpu"} == listed["embedded"]
+    assert listed["embedded"] | {"status": "ready", "runs_on": "cpu, float32, onnxruntime"} == listed["embedded"]
     assert re.fullmatch(r"(cpu|cuda|mps), (float32|bfloat16)", listed["monot5"]["runs_on"])
     assert re.fullmatch(r"(cpu, \w+, openvino|(cuda|mps), \w+, torch)", listed["cross-encoder"]["runs_on"])
     assert "OpenVINO is installed" in listed["cross-encoder"]["why"] or "cpu" not in listed["cross-encoder"]["runs_on"]

@@ -17,6 +17,7 @@ from langchain_rerank._training import NEEDED
 from langchain_rerank.backends._engines import QUANTISING, EncoderBackend, choose
 from langchain_rerank.backends._torch import TorchBackend, pick_device, pick_dtype
 from langchain_rerank.backends.base import Backend
+from langchain_rerank.backends.embedded import EmbeddedBackend
 from langchain_rerank.backends.local import LocalBackend
 from langchain_rerank.factory import backend_class, installed_backends
 
@@ -96,6 +97,8 @@ def _pip_line(extra: str) -> str:
 def _runs_on(kind: type[Backend]) -> tuple[str, str]:
     """Where a backend would compute with its defaults, and what decides on that; no model is loaded."""
     if not issubclass(kind, TorchBackend):
+        if issubclass(kind, EmbeddedBackend):
+            return "cpu, float32, onnxruntime", ""
         return "cpu" if issubclass(kind, LocalBackend) else "", ""
     device = pick_device(kind.model_fields["device"].default)
     if issubclass(kind, EncoderBackend):

@@ -16,10 +16,11 @@ from pydantic import Field, PrivateAttr, model_validator
 from typing_extensions import Self
 
 from langchain_rerank._optional import missing, require
+from langchain_rerank.backends._cpus import allowed_cpus
 from langchain_rerank.backends._engines_cache import open_converted
 from langchain_rerank.backends._engines_torch import PackedNetwork, TorchNetwork
 from langchain_rerank.backends._files import ModelFiles
-from langchain_rerank.backends._torch import Dtype, TorchBackend, pick_device, pick_dtype
+from langchain_rerank.backends._torch import Dtype, TorchBackend, adds_in_int16, pick_device, pick_dtype
 from langchain_rerank.backends.base import clean
 from langchain_rerank.backends.local import Batch, Logits
 from langchain_rerank.errors import ConfigurationError, ModelLoadError, RerankError
@@ -77,7 +78,7 @@ def choose(
     """
     check(engine, dtype, device.type)
     if device.type != "cpu":
-        return _in_torch(dtype, device, f"PyTorch is the engine for {device.type}")
+        return _in_torch(dtype, device, f"PyTorch is the engine for {device.type}, {_about_dtype(dtype, device)}")
     if dtype == "int8":
         return Choice("openvino", "int8", "OpenVINO computes in int8")
     if engine == "auto":
@@ -144,8 +145,11 @@ def _has_openvino() -> bool:
 def _about_dtype(dtype: Dtype, device: torch.device) -> str:
     if dtype != "auto":
         return f"{dtype} was asked for"
-    able = _name(pick_dtype("auto", device)) == "bfloat16"
-    return f"this CPU {'multiplies' if able else 'does not multiply'} in bfloat16"
+    name = {"cpu": "CPU", "cuda": "GPU"}.get(device.type, device.type)
+    if _name(pick_dtype("auto", device)) == "bfloat16":
+        return f"this {name} multiplies in bfloat16"
+    remedy = "; dtype='float16' may be faster" if device.type == "cuda" else ""
+    return f"this {name} does not multiply in bfloat16{remedy}"
 
 
 def _name(dtype: torch.dtype) -> Literal["float32", "bfloat16", "float16"]:
@@ -270,14 +274,14 @@ class EncoderBackend(TorchBackend):
                 onnx.export(network, folder)
             else:
                 pairs = self._calibration_batches() if choice.dtype == "int8" else None
-                openvino.convert(network, folder, calibration=pairs)
+                openvino.convert(network, folder, calibration=pairs, half_range=adds_in_int16())
 
         def write(folder: Path) -> None:
             convert(folder)
             gc.collect()  # the layer that was cut refers to itself, and would keep its weights
 
         def read(folder: Path) -> Network:
-            threads = torch.get_num_threads()
+            threads = min(torch.get_num_threads(), allowed_cpus())
             if choice.engine == "onnxruntime":
                 return onnx.ONNXNetwork(folder, threads=threads)
             return openvino.OpenVINONetwork(folder, dtype=choice.dtype, threads=threads)
@@ -291,6 +295,8 @@ class EncoderBackend(TorchBackend):
         if choice.dtype == "int8":
             libraries.append("nncf")
             key |= {"weights": "int8", "calibration": self._calibration_digest(), "max_length": self._limit}
+            if adds_in_int16():
+                key["half_range"] = True
         return {
             **key,
             "model": "" if Path(self.model).is_dir() else self.model,

@@ -68,13 +68,16 @@ class OpenVINONetwork:
         return logits.reshape(len(batch))
 
 
-def convert(network: Convertible, folder: Path, *, calibration: Sequence[Batch] | None = None) -> None:
+def convert(
+    network: Convertible, folder: Path, *, calibration: Sequence[Batch] | None = None, half_range: bool = False
+) -> None:
     """Write a module of PyTorch as OpenVINO's `model.xml` and `model.bin`, weights in float32 or int8.
 
     Args:
         network: What to convert.
         folder: Where to write.
         calibration: Batches of pairs to quantise to int8 with; `None`: float32.
+        half_range: Whether weights in int8 use half of its range, for a CPU whose sums could overflow.
     """
     _openvino()  # before anything imports parts of it
     if calibration is None:
@@ -85,7 +88,7 @@ def convert(network: Convertible, folder: Path, *, calibration: Sequence[Batch] 
         _save(_graph(network), Path(exact))
         before = OpenVINONetwork(Path(exact), dtype="float32")
         network.check(before)
-        _save(_quantised(_core().read_model(Path(exact, FILE)), calibration), folder)
+        _save(_quantised(_core().read_model(Path(exact, FILE)), calibration, half_range=half_range), folder)
         after = OpenVINONetwork(folder, dtype="int8")
         _report_change([before(batch) for batch in calibration], [after(batch) for batch in calibration])
 
@@ -175,7 +178,7 @@ def _compile(file: Path, dtype: str, threads: int | None) -> tuple[Any, int | No
     return core.compile_model(graph, "CPU", config), longest
 
 
-def _quantised(graph: Any, calibration: Sequence[Batch]) -> Any:
+def _quantised(graph: Any, calibration: Sequence[Batch], *, half_range: bool) -> Any:
     """The graph with int8 matrices and activations, SmoothQuant among the steps.
 
     Xiao et al., 2022, https://arxiv.org/abs/2211.10438
@@ -183,8 +186,13 @@ def _quantised(graph: Any, calibration: Sequence[Batch]) -> Any:
     names = [given.any_name for given in graph.inputs]
     with _quiet_nncf() as nncf:
         batches = [batch.named(names) for batch in calibration]
+        overflow = nncf.OverflowFix.ENABLE if half_range else nncf.OverflowFix.FIRST_LAYER
         return nncf.quantize(
-            graph, nncf.Dataset(batches), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches)
+            graph,
+            nncf.Dataset(batches),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(batches),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow),
         )
 
 

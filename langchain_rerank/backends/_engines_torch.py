@@ -65,6 +65,7 @@ class PackedNetwork(TorchNetwork):
             )
         super().__init__(model, device, wants_type_ids=wants_type_ids)
         self._first_position = PACKABLE[kind] and (model.config.pad_token_id or 0) + 1
+        self._one_kernel = has_varlen(device)
         _register()
         self.model.set_attn_implementation(ATTENTION)
 
@@ -80,7 +81,7 @@ class PackedNetwork(TorchNetwork):
             inputs["token_type_ids"] = batch.type_ids[real]
         with torch.inference_mode():
             tensors = {name: torch.from_numpy(array)[None].to(self._device) for name, array in inputs.items()}
-            segments = Segments.of([int(length) for length in lengths], self._device)
+            segments = Segments.of([int(length) for length in lengths], self._device, one_kernel=self._one_kernel)
             states = self.model.base_model(**tensors, segments=segments).last_hidden_state
             logits: Logits = self._head(states[0, segments.offsets[:-1].long()]).view(-1).float().cpu().numpy()
         return logits
@@ -103,13 +104,16 @@ class Segments:
     offsets: torch.Tensor
     """Shape (b + 1,), int32, on the device: the beginnings, and the end of the last."""
 
+    one_kernel: bool = False
+    """Whether the device has one kernel for all of them, in half precision."""
+
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device) -> Segments:
+    def of(cls, lengths: list[int], device: torch.device, *, one_kernel: bool = False) -> Segments:
         """For pairs of these lengths, one after the other."""
         import torch
 
         ends = [0, *np.cumsum(lengths).tolist()]
-        return cls(tuple(pairwise(ends)), torch.tensor(ends, dtype=torch.int32, device=device))
+        return cls(tuple(pairwise(ends)), torch.tensor(ends, dtype=torch.int32, device=device), one_kernel)
 
     @property
     def longest(self) -> int:
@@ -131,8 +135,12 @@ def attend(
     """Attention within segments, queries of shape (1, heads, t, d) to (1, t, heads, d)."""
     import torch
 
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not missing("torch.nn.attention.varlen"):
-        return _on_cuda(query, key, value, segments, scaling), None
+    if (
+        segments.one_kernel
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and scaling in (None, query.shape[-1] ** -0.5)
+    ):
+        return _in_one_kernel(query, key, value, segments), None
     parts = [
         torch.nn.functional.scaled_dot_product_attention(
             query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], scale=scaling
@@ -142,17 +150,28 @@ def attend(
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def _on_cuda(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
-) -> torch.Tensor:
-    """The same by flash attention over sequences of various lengths, one kernel for all segments."""
+def has_varlen(device: torch.device) -> bool:
+    """Whether torch has attention over sequences of various lengths, and the device runs it.
+
+    Its kernels are flash attention's, for Ampere and later: https://github.com/Dao-AILab/flash-attention
+    """
+    import torch
+
+    if device.type != "cuda" or missing("torch.nn.attention.varlen"):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _in_one_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """The same by flash attention over sequences of various lengths, with the usual scale.
+
+    The first versions of torch that have it take no other scale.
+    """
     from torch.nn.attention import varlen
 
     attention: Any = varlen.varlen_attn  # its annotations hide behind a decorator
     packed = (states[0].transpose(0, 1) for states in (query, key, value))
-    out: torch.Tensor = attention(
-        *packed, segments.offsets, segments.offsets, segments.longest, segments.longest, scale=scaling
-    )
+    out: torch.Tensor = attention(*packed, segments.offsets, segments.offsets, segments.longest, segments.longest)
     return out[None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -237,3 +238,16 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return False
+
+
+def adds_in_int16() -> bool:
+    """Whether this CPU sums products of int8 up in int16, where they can overflow: x86 before VNNI.
+
+    Source: https://github.com/openvinotoolkit/nncf, `OverflowFix`
+    """
+    import torch
+
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    probes = ("_is_vnni_supported", "_is_amx_tile_supported")
+    return not any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)

@@ -14,6 +14,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from typing_extensions import Self
 
 from langchain_rerank._optional import require
+from langchain_rerank.backends._cpus import allowed_cpus
 from langchain_rerank.backends._engines_cache import open_converted
 from langchain_rerank.backends._files import folder_digest
 from langchain_rerank.backends._pairs import encode_pairs
@@ -204,10 +205,8 @@ class EmbeddedBackend(LocalBackend):
 
 
 def _default_threads() -> int:
-    """As many as there are cores for this process; 0 leaves it to ONNX Runtime, which knows the machine's cores."""
-    if not hasattr(os, "sched_getaffinity"):  # only Linux has it
-        return 0
-    allowed = len(os.sched_getaffinity(0))
+    """As many as this process may use cores; 0 leaves it to ONNX Runtime, which knows the machine's cores."""
+    allowed = allowed_cpus()
     return allowed if allowed < (os.cpu_count() or 1) else 0
 
 

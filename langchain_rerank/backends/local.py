@@ -127,8 +127,8 @@ class LocalBackend(Backend):
     """Most tokens in one batch, padding included. `None` takes what suits the device."""
 
     max_waiting: int = Field(default=4096, ge=1)
-    """Most pairs that wait for the model, beside those of the largest call. Further calls wait until there is room,
-    and are tokenised then."""
+    """Most pairs that wait for the model, beside those of the largest call. Further calls, small ones too, wait until
+    there is room, and are tokenised then."""
 
     long_documents: Literal["truncate", "max_passage"] = "truncate"
     """What happens to a text that does not fit: cut its end, or score overlapping passages of it and take the best."""

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from langchain_rerank import _export, init_reranker
+from langchain_rerank.backends._cpus import allowed_cpus
 from langchain_rerank.backends.embedded import EmbeddedBackend, _default_threads
 from langchain_rerank.data import EMBEDDED_MODEL
 from langchain_rerank.errors import ConfigurationError, ModelLoadError
@@ -170,6 +171,27 @@ def test_a_process_confined_to_one_core_uses_one_thread():
         os.sched_setaffinity(0, cores)
 
     assert threads == (1 if os.cpu_count() > 1 else 0)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "10000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({"cpu.max": "what?"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_share_of_the_cores_counts(files, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+
+    assert allowed_cpus(tmp_path) == (expected or 64)
 
 
 def test_a_pickle_holds_options_and_no_weights(packaged):

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -18,6 +20,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from langchain_rerank.backends._engines import CONVERTIBLE, choose
 from langchain_rerank.backends._engines_cache import cache_folder, open_converted
+from langchain_rerank.backends._engines_openvino import _core
+from langchain_rerank.backends._engines_torch import has_varlen
+from langchain_rerank.backends._torch import adds_in_int16
 from langchain_rerank.backends.bge import BGEBackend
 from langchain_rerank.backends.cross_encoder import CrossEncoderBackend
 from langchain_rerank.backends.embedded import EmbeddedBackend
@@ -176,6 +181,23 @@ def test_int8_is_calibrated_quietly_and_says_how_much_it_changes(tiny_bert, tmp_
 
 
 @pytest.mark.slow
+def test_int8_takes_half_of_its_range_where_the_sums_could_overflow(tiny_bert, tmp_path, monkeypatch):
+    ranges = []
+    for overflows in (False, True):
+        monkeypatch.setattr("langchain_rerank.backends._engines.adds_in_int16", lambda overflows=overflows: overflows)
+        monkeypatch.setenv("LANGCHAIN_RERANK_CACHE", str(tmp_path / str(overflows)))
+        cross_encoder(tiny_bert, dtype="int8", calibration=PAIRS).warmup()
+        [graph] = tmp_path.glob(f"{overflows}/engines/*/model.xml")
+        constants = [node.data for node in _core().read_model(graph).get_ops() if node.get_type_name() == "Constant"]
+        ranges.append([int(abs(each.astype(int)).max()) for each in constants if each.dtype == np.int8])
+
+    full, halved = ranges
+    assert min(full) > 120
+    assert sum(each > 64 for each in halved) == 3, "word, position and type tables are looked up, not multiplied"
+    assert len(halved) == len(full) > 3
+
+
+@pytest.mark.slow
 def test_int8_does_not_depend_on_the_size_of_batches(tiny_bert, tmp_path, monkeypatch):
     found = []
     for batch_size in (1, 16):
@@ -219,6 +241,14 @@ def test_a_type_that_cannot_be_packed_is_refused(tiny_bert, tmp_path):
         cross_encoder(tmp_path, padding_free=True).warmup()
 
 
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_only_a_gpu_with_the_kernels_runs_all_pairs_in_one(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+
+    assert has_varlen(CUDA) == expected
+    assert not has_varlen(CPU)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", ["tiny_bert", "tiny_xlmr"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
@@ -252,6 +282,58 @@ def test_engine_and_dtype_are_settled(engine, dtype, options, expected):
 
     assert (choice.engine, choice.dtype) == expected
     assert choice.why
+
+
+PROBES = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_vnni_supported")
+
+
+@pytest.mark.parametrize(
+    ("has", "dtype", "why", "overflows"),
+    [
+        ((), "float32", "this CPU does not multiply in bfloat16", True),
+        (("_is_vnni_supported",), "float32", "this CPU does not multiply in bfloat16", False),
+        (("_is_avx512_bf16_supported", "_is_vnni_supported"), "bfloat16", "this CPU multiplies in bfloat16", False),
+        (("_is_amx_tile_supported",), "bfloat16", "this CPU multiplies in bfloat16", False),
+    ],
+)
+def test_a_cpu_computes_in_what_it_multiplies_fast(has, dtype, why, overflows, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for probe in PROBES:
+        monkeypatch.setattr(torch.cpu, probe, lambda probe=probe: probe in has)
+
+    choice = choose("auto", "auto", CPU, model_type="bert")
+
+    assert (choice.engine, choice.dtype) == ("openvino", dtype)
+    assert choice.why.endswith(why)
+    assert adds_in_int16() == overflows
+
+
+def test_a_processor_of_arm_sums_int8_up_without_overflow(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    for probe in PROBES:
+        monkeypatch.setattr(torch.cpu, probe, lambda: False)
+
+    assert not adds_in_int16()
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "why"),
+    [
+        ((7, 5), "float32", "this GPU does not multiply in bfloat16; dtype='float16' may be faster"),
+        ((8, 0), "bfloat16", "this GPU multiplies in bfloat16"),
+    ],
+)
+def test_a_gpu_computes_in_what_it_multiplies_fast(capability, dtype, why, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+
+    choice = choose("auto", "auto", CUDA)
+
+    assert (choice.engine, choice.dtype) == ("torch", dtype)
+    assert choice.why == f"PyTorch is the engine for cuda, {why}"
+
+
+def test_a_mac_computes_in_float32():
+    assert choose("auto", "auto", torch.device("mps")).dtype == "float32"
 
 
 def test_a_gpu_is_for_pytorch():
