@@ -9,9 +9,9 @@ import threading
 import weakref
 from bisect import bisect_left, bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain, islice
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -37,10 +37,11 @@ class Call:
 
     Args:
         tokens: How many tokens they have together, about.
+        small: Whether they wait among small ones.
     """
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: int, *, small: bool = False) -> None:
+        self.tokens, self.small = tokens, small
         self.due: int | None = None
         """`None` until the first of them is in the queue."""
 
@@ -55,6 +56,7 @@ class Job(Generic[P, R]):
         fits: How many pairs of a length fit into one batch, at least 1.
         answer: Gets n rows, or the error; cancelled, it takes the pairs out of the queue.
         call: What it is a part of, if one call makes several jobs.
+        small: Whether it waits among small ones, if it is a call by itself.
     """
 
     def __init__(
@@ -66,10 +68,11 @@ class Job(Generic[P, R]):
         *,
         answer: Future[list[R]] | None = None,
         call: Call | None = None,
+        small: bool = False,
     ) -> None:
         self.pairs, self.forward, self.fits = pairs, forward, fits
         self.answer: Future[list[R]] = Future() if answer is None else answer
-        self.call = call or Call(sum(lengths))
+        self.call = call or Call(sum(lengths), small=small)
         self.context = contextvars.copy_context()
         self.alone = False
         self.due = 0
@@ -145,6 +148,8 @@ class Scheduler(Generic[P, R]):
     def __init__(self) -> None:
         self.door = threading.Lock()
         """For loading and tokenising: one caller at a time, while the model may be running another's batch."""
+        self._lines = {True: threading.Lock(), False: threading.Lock()}
+        """Where small callers stand, and large ones, so that none of the small waits for room behind a large one."""
         # Entered itself, not through the condition, in whose methods an interruption would leave it held.
         self._guard = threading.RLock()
         self._changed = threading.Condition(self._guard)
@@ -154,25 +159,42 @@ class Scheduler(Generic[P, R]):
         """Whose it is to drive. Done, it has left, or was interrupted before it could: the next caller takes over."""
         # At the exit the later one ends first: nothing may be queued up for a driver that has ended.
         self._driving = IdleThread("rerank", self._changed)
-        self._tokenizing = IdleThread("rerank-tokenize", self._changed)
+        self._tokenizing = {
+            True: IdleThread("rerank-tokenize", self._changed),
+            False: IdleThread("rerank-tokenize-large", self._changed),
+        }
 
-    def wait_for_room(self, most: int, answer: Future[list[R]] | None = None) -> None:
-        """Wait until fewer than `most` pairs are in the queue, beside those of the largest job.
+    @contextmanager
+    def entered(self, most: int, answer: Future[list[R]] | None = None, *, small: bool = False) -> Iterator[None]:
+        """The door, when there is room among the small or the large ones.
 
         Raises:
             CancelledError: The answer that it is for is not wanted any more.
         """
+        with self._lines[small]:
+            self.wait_for_room(most, answer, small=small)
+            with self.door:
+                yield
+
+    def wait_for_room(self, most: int, answer: Future[list[R]] | None = None, *, small: bool = False) -> None:
+        """Wait until fewer than `most` pairs of small or of large calls are in the queue, beside the largest of these.
+
+        Raises:
+            CancelledError: The answer that it is for is not wanted any more.
+        """
+        thread = self._tokenizing[small]
         with self._guard:
             self._changed.wait_for(
-                lambda: (answer and answer.cancelled()) or self._beside_largest() < most or self._tokenizing.ending
+                lambda: (answer and answer.cancelled()) or self._beside_largest(small=small) < most or thread.ending
             )
         if answer and answer.cancelled():
             raise CancelledError
 
-    def _beside_largest(self) -> int:
+    def _beside_largest(self, *, small: bool) -> int:
         still_open: Counter[Call] = Counter()
         for job in self._jobs:
-            still_open[job.call] += job.open
+            if job.call.small == small:
+                still_open[job.call] += job.open
         return still_open.total() - max(still_open.values(), default=0)
 
     def run(self, job: Job[P, R]) -> list[R]:
@@ -239,17 +261,18 @@ class Scheduler(Generic[P, R]):
             self._leave(answer)
             raise
 
-    async def arun(self, *makes: Make[R, P]) -> list[R]:
+    async def arun(self, *makes: Make[R, P], small: bool = False) -> list[R]:
         """As `run` and `run_all`, without blocking the event loop.
 
         Args:
             makes: Called in a thread, in this context: each tokenises, and returns a job with the answer that it is
                 given.
+            small: Whether the thread is that of small calls, none of which waits behind a large one.
         """
         answers: list[Future[list[R]]] = [Future() for _ in makes]
         try:
             for make, answer in zip(makes, answers, strict=True):
-                self._tokenizing.call(partial(contextvars.copy_context().run, self._make, make, answer))
+                self._tokenizing[small].call(partial(contextvars.copy_context().run, self._make, make, answer))
             del answer  # as in `run`
             return list(chain.from_iterable(await asyncio.gather(*map(asyncio.wrap_future, answers))))
         finally:

@@ -38,6 +38,9 @@ Request: TypeAlias = tuple[str, Sequence[str]]
 _CHARACTERS = 4
 """So many are a token, about."""
 
+_SMALL = 8
+"""A call is small that so many of fit into `max_waiting`."""
+
 _PARTS = 100
 """A call is tokenised in so many parts at most."""
 
@@ -127,8 +130,8 @@ class LocalBackend(Backend):
     """Most tokens in one batch, padding included. `None` takes what suits the device."""
 
     max_waiting: int = Field(default=4096, ge=1)
-    """Most pairs that wait for the model, beside those of the largest call. Further calls, small ones too, wait until
-    there is room, and are tokenised then."""
+    """Most pairs that wait for the model, beside those of the largest call. Further calls wait until there is room, and
+    are tokenised then. Calls of up to an eighth of it have as much room to themselves, and never wait behind others."""
 
     long_documents: Literal["truncate", "max_passage"] = "truncate"
     """What happens to a text that does not fit: cut its end, or score overlapping passages of it and take the best."""
@@ -231,18 +234,20 @@ class LocalBackend(Backend):
 
     async def _ascore_many(self, requests: Sequence[Request]) -> list[list[Score]]:
         pieces: list[_Piece] = []
-        rows = await self._queue.arun(*self._makes(requests, pieces))
+        rows = await self._queue.arun(*self._makes(requests, pieces), small=self._is_small(requests))
         return self._scored(requests, pieces, rows)
 
     def _makes(self, requests: Sequence[Request], pieces: list[_Piece]) -> list[Make[Row, Encoding]]:
         """What tokenises the requests, part by part, adds their pieces to the list and gives jobs for the model."""
         parts, tokens = self._parts(requests)
-        call = Call(tokens) if len(parts) > 1 else None
+        small = self._is_small(requests)
+        call = Call(tokens, small=small) if len(parts) > 1 else None
 
         def tokenize(part: Sequence[Request], first: int, answer: Future[list[Row]]) -> Job[Encoding, Row]:
-            found = self._tokenized(part, first, answer)
+            with self._queue.entered(self.max_waiting, answer, small=small):
+                found = self._tokenized(part, first)
             pieces.extend(found)
-            return self._job([piece.encoding for piece in found], answer, call)
+            return self._job([piece.encoding for piece in found], answer, call, small=small)
 
         starts = accumulate((sum(len(texts) for _, texts in part) for part in parts), initial=0)
         return [partial(tokenize, part, first) for part, first in zip(parts, starts, strict=False)]
@@ -289,15 +294,16 @@ class LocalBackend(Backend):
             )
         self._longest = longest
 
-    def _tokenized(self, requests: Sequence[Request], first: int, answer: Future[list[Row]]) -> list[_Piece]:
-        """The pieces of some requests, whose first text is the call's `first`, when there is room in the queue."""
+    def _is_small(self, requests: Sequence[Request]) -> bool:
+        return _SMALL * sum(len(texts) for _, texts in requests) <= self.max_waiting
+
+    def _tokenized(self, requests: Sequence[Request], first: int) -> list[_Piece]:
+        """The pieces of some requests, whose first text is the call's `first`."""
+        self._ensure_loaded()
         pieces: list[_Piece] = []
-        with self._lock:
-            self._ensure_loaded()
-            self._queue.wait_for_room(self.max_waiting, answer)
-            for query, texts in requests:
-                pieces += self._pieces(query, texts, first)
-                first += len(texts)
+        for query, texts in requests:
+            pieces += self._pieces(query, texts, first)
+            first += len(texts)
         return pieces
 
     def _pieces(self, query: str, texts: Sequence[str], first: int = 0) -> list[_Piece]:
@@ -334,9 +340,11 @@ class LocalBackend(Backend):
         encodings: Sequence[Encoding],
         answer: Future[list[Row]] | None = None,
         call: Call | None = None,
+        *,
+        small: bool = False,
     ) -> Job[Encoding, Row]:
         lengths = [len(encoding.ids) for encoding in encodings]
-        return Job(encodings, lengths, self._rows, self._fits, answer=answer, call=call)
+        return Job(encodings, lengths, self._rows, self._fits, answer=answer, call=call, small=small)
 
     def _rows(self, encodings: Sequence[Encoding]) -> list[Row]:
         """Each pair's logits, of one batch."""

@@ -767,6 +767,42 @@ class TestBackends:
         assert await asyncio.gather(*tasks) == [[sigmoid(1)] * 3] * 6
         assert tokenised == 3, "the largest, and beside it as many as reach 4 pairs"
 
+    @pytest.mark.parametrize("awaited", [True, False])
+    async def test_a_small_call_does_not_wait_for_room_behind_large_ones(self, awaited):
+        backend = Gold(max_waiting=16)
+        backend.warmup()
+        backend._go.clear()
+
+        def start(query, count):
+            texts = ["gold"] * count
+            call = backend.ascore(query, texts) if awaited else asyncio.to_thread(backend.score, query, texts)
+            return asyncio.create_task(call)
+
+        tasks = []
+        for place in range(4):
+            tasks.append(start(f"large {place}", 20))
+            await asyncio.to_thread(waiting, backend._queue, min(place + 1, 2))
+        tasks.append(start("small", 2))
+        await asyncio.to_thread(waiting, backend._queue, 3)
+        tokenised = backend._encoded[1:]
+        backend._go.set()
+
+        assert await asyncio.gather(*tasks) == [[sigmoid(1)] * 20] * 4 + [[sigmoid(1)] * 2]
+        assert tokenised == ["large 0", "large 1", "small"]
+
+    async def test_small_calls_wait_for_room_among_themselves(self):
+        backend = Gold(max_waiting=16)
+        backend.warmup()
+        backend._go.clear()
+        tasks = [asyncio.create_task(backend.ascore(f"{place}", ["gold"] * 2)) for place in range(40)]
+        await asyncio.to_thread(waiting, backend._queue, 9)
+        await asyncio.sleep(0.1)
+        tokenised = len(backend._encoded) - 1
+        backend._go.set()
+
+        assert await asyncio.gather(*tasks) == [[sigmoid(1)] * 2] * 40
+        assert tokenised == 9, "the largest, and beside it as many as reach 16 pairs"
+
     async def test_a_call_that_is_cancelled_while_it_waits_for_room_is_not_tokenised(self):
         backend = Gold(max_waiting=4)
         backend.warmup()
