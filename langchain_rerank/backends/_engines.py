@@ -145,11 +145,11 @@ def _has_openvino() -> bool:
 def _about_dtype(dtype: Dtype, device: torch.device) -> str:
     if dtype != "auto":
         return f"{dtype} was asked for"
+    able = _name(pick_dtype("auto", device)) == "bfloat16"
+    if device.type == "cuda" and not able:
+        return "this GPU does not multiply in bfloat16; dtype='float16' may be faster"
     name = {"cpu": "CPU", "cuda": "GPU"}.get(device.type, device.type)
-    if _name(pick_dtype("auto", device)) == "bfloat16":
-        return f"this {name} multiplies in bfloat16"
-    remedy = "; dtype='float16' may be faster" if device.type == "cuda" else ""
-    return f"this {name} does not multiply in bfloat16{remedy}"
+    return f"this {name} {'multiplies' if able else 'does not multiply'} in bfloat16"
 
 
 def _name(dtype: torch.dtype) -> Literal["float32", "bfloat16", "float16"]:
