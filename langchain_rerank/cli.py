@@ -263,7 +263,7 @@ def train(
         given = {**dict(_option(each) for each in option or []), **({"base": base} if base else {})}
         settled = settle(recipe, data or [], teacher or [], synthetic, given)
         progress = sys.stderr.isatty()
-        with logged(wanted=not progress):
+        with logged(bars=progress):
             report = train_reranker(settled, output, progress=progress)
         print_report(standard_output(), report)
 

@@ -67,8 +67,8 @@ def train_reranker(
 
     Hard negatives come from BM25 and, where the recipe has an embedding, from dense search, in an embedded Qdrant. They
     are kept in the folder as `groups.jsonl`, to look at. A training that was stopped goes on from its last checkpoint
-    when it is called again with the same recipe and folder, and one that is done gives its report. Ctrl-C stops after
-    the step that it is at, with a checkpoint; a second one stops at once.
+    when it is called again with the same recipe, data and folder, and one that is done gives its report. Ctrl-C stops
+    after the step that it is at, with a checkpoint; a second one stops at once.
 
     Args:
         recipe: A `Recipe`, the same as a mapping, or a YAML file of it.
@@ -84,7 +84,7 @@ def train_reranker(
 
     Raises:
         ConfigurationError: The recipe cannot be right, its data cannot be read or teach nothing, or the folder holds a
-            training by another recipe.
+            training by another recipe or on data that changed since.
         ModelLoadError: The base, the embedding or a teacher cannot be loaded.
         BackendError: A teacher or the chat model failed.
         KeyboardInterrupt: Ctrl-C; what is done is kept.
@@ -98,7 +98,7 @@ def train_reranker(
     settled, folder = read_recipe(recipe, **options), Path(output)
     check_folder(settled, folder)
     if (done := read_report(folder)) is not None:
-        logger.info("%s was trained by this recipe already", folder)
+        logger.info("%s was trained by this recipe already; this is its report", folder)
         return done
     try:
         return _trained(settled, folder, llm=llm, progress=progress)
@@ -112,7 +112,7 @@ def _trained(settled: Recipe, folder: Path, *, llm: BaseChatModel | None, progre
     with bars(shown=progress):
         base_folder = place_base(settled.base, folder / "base")
         choose_device(settled)  # what cannot be is said before the long search
-        check_base(base_folder)
+        check_base(base_folder, settled.max_length)
         _check_mixture(settled, base_folder)
         prepared = prepare(settled, folder, llm=llm, progress=progress)
         questions = prepared.questions

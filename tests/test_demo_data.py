@@ -121,6 +121,22 @@ def test_a_gzipped_corpus_and_the_places_of_the_beir_archives_are_read_too(tmp_p
     assert read_beir(tmp_path) == expected
 
 
+def test_a_split_is_read_by_its_name(tmp_path):
+    (beir(tmp_path) / "qrels").mkdir()
+    (tmp_path / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq2\td2\t1\n")
+
+    assert read_beir(tmp_path, "dev").qrels == {"q2": {"d2": 1}}
+    assert read_beir(tmp_path).qrels == {"q1": {"d1": 2, "d2": 0}}
+    with pytest.raises(ConfigurationError, match=r"has no qrels/train\.tsv; a collection in BEIR layout has"):
+        read_beir(tmp_path, "train")
+
+
+def test_half_a_character_becomes_a_replacement_character(tmp_path):
+    corpus = '{"_id": "d1", "title": "Mars \\ud83d", "text": "is red."}\n'
+
+    assert read_beir(beir(tmp_path, corpus=corpus)).corpus == {"d1": "Mars \ufffd is red."}
+
+
 def test_empty_lines_windows_line_ends_and_a_missing_header_do_no_harm(tmp_path):
     expected = read_beir(beir(tmp_path))
     (tmp_path / "corpus.jsonl").write_bytes(CORPUS.replace("\n", "\r\n\r\n").encode())

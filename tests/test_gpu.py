@@ -1,5 +1,6 @@
-"""Local backends on CUDA against the CPU in float32. Run with `pytest -m gpu` where there is a GPU."""
+"""Local backends and training on CUDA against the CPU in float32. Run with `pytest -m gpu` where there is a GPU."""
 
+import json
 import math
 
 import pytest
@@ -30,7 +31,6 @@ def build(name, folder, **options):
         options |= {"true_token": "▁yes", "false_token": "▁no"} if name == "tiny_mt5" else {}
         options = {"true_token": "▁true", "false_token": "▁false", **options}
     if name == "tiny_minicpm":
-        import json
         from pathlib import Path
 
         config = json.loads(Path(folder, "config.json").read_text())
@@ -154,3 +154,35 @@ def test_out_of_memory_recovers_and_loses_nothing(tiny_xlmr):
     assert backend._budget is not None, "it did not run out of memory: nothing was shown"
     assert all(math.isfinite(score) for score in found)
     assert found == pytest.approx(expected, abs=1e-4)
+
+
+COLOURS = ("red", "blue", "green", "yellow")
+QUESTIONS = [
+    {"query": f"Which {thing} is {colour}?", "positive": f"The {colour} {thing} turns around the sun in {days} days."}
+    for days, thing in enumerate(("planet", "moon", "star", "ring"))
+    for colour in COLOURS
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 5e-2)])
+def test_a_training_on_one_gpu_gives_what_it_gives_on_the_cpu(tiny_bert, tmp_path, dtype, tolerance):
+    from langchain_rerank.training import train_reranker
+
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    settings = {"held_out": 4, "group_size": 4, "batch_size": 4, "evaluations": 1, "learning_rate": 1e-3}
+    recipe = {"base": tiny_bert, "sets": [{"path": pairs}], **settings}
+
+    def scores(folder):
+        return CrossEncoderBackend(model=str(folder), device="cpu", dtype="float32").score(QUERY, TEXTS)
+
+    def trained(**options):
+        return train_reranker(recipe, tmp_path / options["device"], progress=False, **options).folder
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = scores(trained(device="cuda", dtype=dtype))
+
+    assert torch.cuda.max_memory_allocated() > before, "it did not train on the GPU: nothing was shown"
+    assert found == pytest.approx(scores(trained(device="cpu", dtype="float32")), abs=tolerance)
+    assert found != pytest.approx(scores(tiny_bert), abs=tolerance)

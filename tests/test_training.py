@@ -1,12 +1,15 @@
 """Training: from pairs to groups, to a model that both ways of loading take, with mistakes on the way."""
 
+import dataclasses
 import json
 import logging
+import os
 import shutil
 import signal
 import subprocess
 import sys
-from itertools import product
+import threading
+from itertools import chain, product, repeat
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +28,35 @@ from sentence_transformers.cross_encoder.losses import ListNetLoss
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch.nn import functional
 from transformers import (
+    AlbertConfig,
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    DistilBertConfig,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
 )
 from typer.testing import CliRunner
 
 from langchain_rerank import init_reranker
+from langchain_rerank._cli.training import logged
 from langchain_rerank._training.asking import make_llm
 from langchain_rerank._training.base import place_base
 from langchain_rerank._training.embedding import Encoder
-from langchain_rerank._training.fit import GroupLoss, _last_checkpoint, keep_layers, load_base
+from langchain_rerank._training.fit import (
+    GroupLoss,
+    _arguments,
+    _last_checkpoint,
+    check_base,
+    keep_layers,
+    load_base,
+)
 from langchain_rerank._training.mining import Candidates, Group, GroupMaker, read_lines
+from langchain_rerank._training.prepare import Prepared, check_folder, prepare
+from langchain_rerank._training.report import read_report, write_report
 from langchain_rerank._training.sets import TrainingSet, read_set
 from langchain_rerank.backends.cross_encoder import CrossEncoderBackend
 from langchain_rerank.backends.embedded import EmbeddedBackend
@@ -108,7 +125,7 @@ def trained(tiny_bert, pairs, tmp_path_factory):
 @pytest.fixture
 def learn(tiny_bert, pairs):
     """Trains into a folder as `trained` was."""
-    return lambda folder, **options: train(tiny_bert, pairs, folder, **options)
+    return lambda folder, base=tiny_bert, **options: train(base, pairs, folder, **options)
 
 
 def train(base, data, folder, **options):
@@ -134,15 +151,16 @@ def test_pairs_become_a_collection_in_which_each_text_stands_once(tmp_path):
         {"query": "red?", "positive": "Betelgeuse", "grade": 2},
         {"query": "hot?", "positive": "Venus", "negatives": None},
         {"query": "red?", "positive": "Mars", "grade": 0},
+        {"query": "hot?", "positive": "Mercury", "grade": None},
     )
 
     read = read_set(SetOptions(path=path), seed=0).collection
 
     corpus, queries = read.corpus, read.queries
-    assert sorted(corpus.values()) == ["Betelgeuse", "Jupiter", "Mars", "Venus"]
+    assert sorted(corpus.values()) == ["Betelgeuse", "Jupiter", "Mars", "Mercury", "Venus"]
     assert {queries[key]: {corpus[each]: grade for each, grade in read.qrels[key].items()} for key in queries} == {
         "red?": {"Mars": 1, "Venus": 0, "Jupiter": 0, "Betelgeuse": 2},
-        "hot?": {"Venus": 1},
+        "hot?": {"Venus": 1, "Mercury": 1},
     }
 
 
@@ -166,6 +184,80 @@ def test_the_seed_draws_queries_and_documents_and_keeps_their_answers(pairs):
     assert one.queries != other.queries
     assert (len(one.queries), len(one.corpus)) == (10, 15)
     assert all(key in one.corpus for grades in one.qrels.values() for key in grades)
+
+
+@pytest.fixture
+def beir(tmp_path):
+    """Writes two planets and two queries in BEIR layout, with judgements such as `train="1 a 1"`."""
+
+    def folder(**splits):
+        write(tmp_path / "corpus.jsonl", {"_id": "a", "text": "Mars"}, {"_id": "b", "text": "Venus"})
+        write(tmp_path / "queries.jsonl", {"_id": "1", "text": "red?"}, {"_id": "2", "text": "hot?"})
+        for name, line in splits.items():
+            file = tmp_path / ("qrels.tsv" if name == "qrels" else f"qrels/{name}.tsv")
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("\t".join(line.split()) + "\n")
+        return tmp_path
+
+    return folder
+
+
+@pytest.mark.parametrize("others", [{"dev": "2 b 1", "test": "2 b 1"}, {"qrels": "2 b 1"}])
+def test_the_train_split_of_a_beir_folder_is_learned_from(others, beir):
+    folder = beir(train="1 a 1", **others)
+
+    assert read_set(SetOptions(path=folder), seed=0).collection.qrels == {"1": {"a": 1}}
+
+
+def test_a_test_split_is_learned_from_only_where_the_set_names_it(beir):
+    folder = beir(dev="1 a 1", test="2 b 1")
+
+    with pytest.raises(ConfigurationError, match=r"has no qrels/train\.tsv .* is qrels/dev\.tsv, qrels/test\.tsv"):
+        read_set(SetOptions(path=folder), seed=0)
+    with pytest.raises(ConfigurationError, match=r"has no qrels/tets\.tsv to learn from; there is qrels/dev\.tsv"):
+        read_set(SetOptions(path=folder, split="tets"), seed=0)
+    assert read_set(SetOptions(path=folder, split="test"), seed=0).collection.qrels == {"2": {"b": 1}}
+
+
+def test_a_split_of_what_has_none_is_refused(beir, pairs):
+    with pytest.raises(ConfigurationError, match=r"has no qrels/train\.tsv; a collection in BEIR layout has"):
+        read_set(SetOptions(path=beir()), seed=0)
+    with pytest.raises(ConfigurationError, match=r"pairs\.jsonl has no corpus\.jsonl"):
+        read_set(SetOptions(path=pairs, split="train"), seed=0)
+
+
+def test_queries_that_say_the_same_are_one_query(tmp_path):
+    corpus, queries = {"a": "Mars", "b": "Venus", "c": "Io"}, {"1": "Red  planet?", "2": "hot?", "3": "red planet?"}
+    write(tmp_path / "corpus.jsonl", *({"_id": key, "text": text} for key, text in corpus.items()))
+    write(tmp_path / "queries.jsonl", *({"_id": key, "text": text} for key, text in queries.items()))
+    (tmp_path / "qrels.tsv").write_text("1\ta\t1\n1\tb\t0\n1\tc\t2\n3\tb\t2\n3\tc\t1\n2\tb\t1\n")
+
+    read = read_set(SetOptions(path=tmp_path), seed=0).collection
+
+    assert read.queries == {"1": "Red  planet?", "2": "hot?"}
+    assert read.qrels == {"1": {"a": 1, "b": 2, "c": 2}, "2": {"b": 1}}
+
+
+@pytest.mark.parametrize("kind", ["title", "first_sentence", "llm"])
+def test_half_a_character_in_the_data_is_replaced(kind, tmp_path):
+    half = "\ud83d"
+    text = f"Io {half} is a moon of Jupiter. " * 9
+    write(tmp_path / "pairs.jsonl", {"query": f"red{half}?", "positive": f"Mars{half}", "negatives": [f"Io{half}"]})
+    write(tmp_path / "corpus.jsonl", {"_id": f"a{half}", "title": f"Io{half}", "text": text})
+    write(tmp_path / "queries.jsonl", {"_id": "1", "text": f"moon{half}?"})
+    (tmp_path / "qrels.tsv").write_text("1\ta\ufffd\t1\n", encoding="utf-8")
+
+    read = [
+        read_set(SetOptions(path=tmp_path / "pairs.jsonl"), seed=0),
+        read_set(SetOptions(path=tmp_path), seed=0),
+        read_set(SetOptions(path=tmp_path, synthetic=kind), seed=0, ask=lambda texts: [text[:2] for text in texts]),
+    ]
+
+    assert [next(iter(each.collection.queries.values()))[:2] for each in read] == ["re", "mo", "Io"]
+    for each in read:
+        assert half not in str(each.collection)
+        assert "\ufffd" in str(each.collection)
+        assert str(each.collection).encode()
 
 
 @pytest.mark.parametrize(
@@ -198,6 +290,48 @@ def test_a_set_that_is_not_there_or_teaches_nothing_is_refused(tmp_path):
         read_set(SetOptions(path=tmp_path / "pairs.jsonl"), seed=0)
     with pytest.raises(ConfigurationError, match=r'texts\.jsonl, line 2: expected \{"text": \.\.\.\}'):
         read_set(SetOptions(path=tmp_path / "texts.jsonl", synthetic="title"), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("document", "synthetic", "problem"),
+    [
+        ({"text": "Mars is red. " * 20}, "title", 'none of the 2 documents has a "title" and 100 characters of text'),
+        ({"title": "Mars", "text": "It is red."}, "title", 'has a "title" and 100 characters of text beside it'),
+        ({"text": "It is red."}, "first_sentence", "a first sentence of 20 to 400 characters and 100 more behind it"),
+        ({"text": "It is red."}, "llm", "100 characters to ask the llm about, and got a question from it"),
+    ],
+)
+def test_documents_that_give_no_query_say_what_they_lack(document, synthetic, problem, tmp_path):
+    path = write(tmp_path / "texts.jsonl", {"_id": 1, **document}, {"_id": 2, **document})
+
+    with pytest.raises(ConfigurationError, match=rf"texts\.jsonl: .*{problem}.* synthetic: {synthetic} needs"):
+        read_set(SetOptions(path=path, synthetic=synthetic), seed=0, ask=lambda texts: [""] * len(texts))
+
+
+def test_documents_that_nothing_is_asked_of_are_told_of_synthetic_queries(tmp_path):
+    path = write(tmp_path / "corpus.jsonl", {"_id": "a", "text": "Mars is red."})
+
+    for place in (path, tmp_path):
+        with pytest.raises(ConfigurationError, match=r"documents without queries.*synthetic: title.*--synthetic"):
+            read_set(SetOptions(path=place), seed=0)
+
+
+@pytest.mark.parametrize("ids", [("x", "x"), (7, "7")])
+def test_documents_with_one_id_are_refused(ids, tmp_path):
+    path = write(tmp_path / "texts.jsonl", *({"_id": key, "title": "M", "text": "M is much. " * 20} for key in ids))
+
+    with pytest.raises(ConfigurationError, match=rf"texts\.jsonl, line 2: the id '{ids[0]}' was there before"):
+        read_set(SetOptions(path=path, synthetic="title"), seed=0)
+
+
+def test_a_document_without_an_id_gets_one_that_no_other_has(tmp_path):
+    ids = ({"_id": "2"}, {}, {"_id": None}, {"_id": None}, {"_id": "3"}, {"_id": "line 3"})
+    rows = [{**key, "title": f"Moon {i}", "text": f"{i} says much. " * 20} for i, key in enumerate(ids)]
+
+    read = read_set(SetOptions(path=write(tmp_path / "texts.jsonl", *rows), synthetic="title"), seed=0).collection
+
+    assert {read.queries[key]: read.corpus[key][0] for key in read.queries} == {f"Moon {i}": str(i) for i in range(6)}
+    assert list(read.qrels.items()) == [(key, {key: 1}) for key in read.queries]
 
 
 def test_a_title_asks_for_its_text(articles):
@@ -243,7 +377,7 @@ def test_a_short_text_is_searched_in_and_not_asked_for(tmp_path, articles):
 
 
 class Questioner(SimpleChatModel):
-    """Asks about the last word of a passage, with a few words before that; breaks down after so many answers."""
+    """Asks about the last two words of a passage, after a few of its own; breaks down after so many answers."""
 
     answers: int = 1000
     _asked: list = PrivateAttr(default_factory=list)
@@ -256,7 +390,7 @@ class Questioner(SimpleChatModel):
         if len(self._asked) >= self.answers:
             raise RuntimeError("no money left")
         self._asked.append(messages[0].content)
-        return f'Here it is:\n\n"What about {messages[0].content.split()[-1]}"'
+        return f'Here it is:\n\n"What about {" ".join(messages[0].content.split()[-2:])}\ud83d"'
 
 
 def test_an_llm_is_asked_one_question_for_each_passage_drawn(tiny_bert, articles, tmp_path):
@@ -267,7 +401,9 @@ def test_an_llm_is_asked_one_question_for_each_passage_drawn(tiny_bert, articles
 
     assert len(llm._asked) == 12
     assert all(prompt.startswith("Write one question that the passage below answers") for prompt in llm._asked)
-    assert {(group.query, group.synthetic) for group in groups_of(tmp_path)} == {("What about times.", True)}
+    queries = {group.query for group in groups_of(tmp_path)}
+    assert queries < {f"What about {i} times.\ufffd" for i in range(20)}
+    assert all(group.synthetic for group in groups_of(tmp_path))
     assert (
         "| articles (llm) | 12 | synthetic (written by an LLM) | not stated |" in (tmp_path / "README.md").read_text()
     )
@@ -310,13 +446,60 @@ def made(recipe, corpus, grades, **stages):
 CORPUS = {str(i): f"Number {i} is about {word} alone." for i, word in enumerate(COLOURS)}
 
 
-def test_a_group_holds_the_answer_judged_negatives_and_hard_ones():
-    group = made({"group_size": 4}, CORPUS, {"0": 2, "5": 0, "1": 1}, bm25={"2": 3.0, "0": 2.0, "1": 1.5, "3": 1.0})
+def numbers(group):
+    """The keys of a group's passages in `CORPUS`."""
+    return [text.split()[1] for text in group.docs]
 
-    assert group.docs[:2] == [CORPUS["0"], CORPUS["5"]]
-    assert set(group.docs[2:]) == {CORPUS["2"], CORPUS["3"]}
-    assert group.relevance == [1.0, 0.0, 0.0, 0.0]
-    assert group.targets == [5.0, 0.0, 0.0, 0.0]
+
+def test_a_group_holds_answers_judged_negatives_and_hard_ones():
+    group = made({"group_size": 5}, CORPUS, {"0": 2, "5": 0, "1": 1}, bm25={"2": 3.0, "0": 2.0, "1": 1.5, "3": 1.0})
+
+    assert numbers(group)[:3] == ["0", "1", "5"]
+    assert set(numbers(group)[3:]) == {"2", "3"}
+    assert group.relevance == [1.0, 0.5, 0.0, 0.0, 0.0]
+    assert group.targets == [5.0, 2.5, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("size", "lower"), [(8, {"1", "2"}), (4, {"1"}), (4, {"2"}), (3, set())])
+def test_lower_grades_are_learned_in_a_quarter_of_the_group(size, lower):
+    grades, found = {"0": 2, "1": 1, "2": 1, "3": 0}, {"4": 4.0, "5": 3.0, "6": 2.0, "7": 1.0}
+    groups = [made({"group_size": size, "seed": seed}, CORPUS, grades, bm25=found) for seed in range(8)]
+
+    assert lower in [set(numbers(group)) & {"1", "2"} for group in groups]
+    for group in groups:
+        relevance = dict(zip(numbers(group), group.relevance, strict=True))
+        assert numbers(group)[0] == "0"
+        assert len(relevance) == size
+        assert relevance == {key: grades.get(key, 0) / 2 for key in relevance}
+        assert group.targets == [5 * each for each in group.relevance]
+
+
+def test_given_negatives_fill_a_group_where_nothing_else_was_found():
+    given = {key: 0 for key in CORPUS if key != "0"}
+
+    assert sorted(numbers(made({}, CORPUS, {"0": 1, **given}, bm25={"0": 1.0}))) == sorted(CORPUS)
+    assert numbers(made({"group_size": 2}, CORPUS, {"0": 1, "5": 0}, bm25={"0": 1.0})) == ["0", "5"]
+    assert numbers(made({"teacher": {"bm25": 1}}, CORPUS, {"0": 1, "5": 0}, bm25={})) == ["0", "5"]
+
+
+def test_given_negatives_are_drawn_and_leave_room_for_hard_ones():
+    grades, found = {"0": 1, "1": 0, "2": 0, "3": 0}, {"4": 4.0, "5": 3.0, "6": 2.0, "7": 1.0}
+
+    def given(size):
+        groups = [made({"group_size": size, "seed": seed}, CORPUS, grades, bm25=found) for seed in range(20)]
+        assert {len(group.docs) for group in groups} == {size}
+        return {tuple(key for key in numbers(group) if key in "123") for group in groups}
+
+    assert given(2) == {("1",), ("2",), ("3",)}
+    assert given(4) == {("1",), ("2",), ("3",)}
+    assert given(5) == {("1", "2"), ("1", "3"), ("2", "3")}
+    assert given(8) == {("1", "2", "3")}
+
+
+def test_where_one_passage_answers_the_seed_alone_decides_the_group():
+    grades, found = {"0": 1, "5": 0}, {key: float(key) for key in CORPUS if key != "5"}
+
+    assert numbers(made({"group_size": 5}, CORPUS, grades, bm25=found)) == ["0", "5", "4", "1", "6"]
 
 
 def test_what_repeats_the_answer_is_no_negative():
@@ -325,8 +508,8 @@ def test_what_repeats_the_answer_is_no_negative():
     group = made({}, corpus, {"0": 1}, bm25={"copy": 3.0, "2": 2.0})
     another = made({}, corpus, {"0": 1, "1": 2}, bm25={"copy": 3.0, "2": 2.0})
 
-    assert group.docs == [CORPUS["0"], CORPUS["2"]]
-    assert another.docs == [CORPUS["1"], CORPUS["2"]]
+    assert numbers(group) == ["0", "2"]
+    assert numbers(another) == ["1", "0", "2"]
 
 
 def test_a_candidate_that_the_teacher_likes_better_is_doubtful_and_not_wrong():
@@ -392,6 +575,31 @@ def test_held_out_queries_are_in_no_group_wherever_they_stand(tiny_bert, pairs, 
     assert len({group.query for group in groups if not group.synthetic}) >= 40 - 8
 
 
+def test_what_answers_a_held_out_query_is_no_answer_in_a_group(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "langchain_rerank")
+    rows = [{"query": f"{word} {query}", "positive": answer} for query, answer in FACTS for word in ("Say:", "Tell:")]
+    shouted = [{"query": f"SHOUT: {query}", "positive": f"  {answer.upper()}"} for query, answer in FACTS]
+    sets = [{"path": write(tmp_path / "a.jsonl", *rows)}, {"path": write(tmp_path / "b.jsonl", *shouted)}]
+
+    prepared = prepare(read_recipe({"base": "b", "sets": sets, **SETTINGS}), tmp_path / "out", progress=False)
+
+    held_out = {answer for query, answer in FACTS if any(query in question.query for question in prepared.questions)}
+    assert len(prepared.questions) == 8
+    assert not {answer.lower() for answer in held_out} & {group.docs[0].strip().lower() for group in prepared.groups}
+    assert len(prepared.groups) == 3 * (40 - len(held_out))
+    left_out = 120 - len(prepared.questions) - len(prepared.groups)
+    assert f"Left out {left_out} queries that ask or answer what a held-out one does" in caplog.text
+
+
+def test_queries_that_all_share_their_answers_cannot_be_held_out(tmp_path):
+    rows = [{"query": f"Which is red {i}?", "positive": "Mars is red.", "negatives": ["Io"]} for i in range(10)]
+    recipe = {"base": "b", "sets": [{"path": write(tmp_path / "one.jsonl", *rows)}]}
+
+    with pytest.raises(ConfigurationError, match=r"Every query of one asks or answers what .* held_out=0"):
+        prepare(read_recipe(recipe), tmp_path / "out", progress=False)
+    assert len(prepare(read_recipe(recipe, held_out=0), tmp_path / "out", progress=False).groups) == 10
+
+
 # The loss -------------------------------------------------------------------------------------------------------------
 
 QUERIES = ["red planet?", "largest planet?"]
@@ -438,6 +646,19 @@ def test_the_gradient_is_the_same_however_many_pairs_are_in_memory(options, tiny
         torch.testing.assert_close(gradients_of_parts[name], gradient, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("options", "sizes"), [({}, [8, 8, 4]), ({"batch_pairs": 16}, [16, 4])])
+def test_few_pairs_at_once_go_through_the_model_on_a_cpu(options, sizes, tiny_bert):
+    recipe = Recipe(base=tiny_bert, sets=({"path": "p"},), device="cpu", **options)
+    model = load_base(tiny_bert, recipe)
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]["input_ids"])))
+    texts = [f"fact {i}" for i in range(20)]
+
+    GroupLoss(model, recipe)([["which fact?"], [texts], [[1.0] + [0.0] * 19]], [torch.zeros(20)])
+
+    assert seen == sizes
+
+
 # The training ---------------------------------------------------------------------------------------------------------
 
 
@@ -479,6 +700,34 @@ def test_the_card_says_all_there_is_to_know(trained):
     assert f"torch {torch.__version__}" in card
 
 
+def test_the_card_says_how_much_of_a_set_was_taken(trained, pairs, tmp_path):
+    limits = {"name": "b", "queries": 9, "documents": 30, "licence": "CC0"}
+    recipe = read_recipe({"base": "b", "sets": [{"path": pairs}, {"path": pairs, **limits}], **SETTINGS})
+    prepared = Prepared([], [], [read_set(each, seed=0) for each in recipe.sets])
+
+    write_report(dataclasses.replace(trained, folder=tmp_path), recipe, prepared)
+    card = (tmp_path / "README.md").read_text("utf-8")
+
+    assert "| pairs | 0 | the set's own | not stated | all |" in card
+    assert "| b | 0 | the set's own | CC0 | 9 queries, 30 documents |" in card
+
+
+def test_a_report_is_there_only_when_all_is_written(trained, pairs, tmp_path):
+    recipe = read_recipe({"base": "b", "sets": [{"path": pairs}]})
+    prepared = Prepared([], [], [read_set(recipe.sets[0], seed=0)])
+    report = dataclasses.replace(trained, folder=tmp_path)
+    (tmp_path / "README.md").mkdir()
+
+    with pytest.raises(IsADirectoryError):
+        write_report(report, recipe, prepared)
+    assert read_report(tmp_path) is None
+
+    (tmp_path / "README.md").rmdir()
+    write_report(report, recipe, prepared)
+    assert read_report(tmp_path) == report
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "training.json"}
+
+
 def test_the_same_recipe_gives_the_same_weights_and_another_seed_gives_others(trained, tiny_bert, pairs, tmp_path):
     train(tiny_bert, pairs, tmp_path / "same")
     train(tiny_bert, pairs, tmp_path / "other", seed=1)
@@ -516,12 +765,12 @@ def interrupted(learn, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logger, "level", logging.INFO)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
 
-    def run(line, times):
+    def run(line, times, **options):
         handler = Impatient(line, times)
         logger.addHandler(handler)
         try:
             with pytest.raises(KeyboardInterrupt):
-                learn(tmp_path)
+                learn(tmp_path, **options)
         finally:
             logger.removeHandler(handler)
         assert "the training goes on from what is kept" in caplog.text
@@ -553,6 +802,23 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(press, kept, 
     assert report.trained.scores == trained.trained.scores
 
 
+@pytest.mark.parametrize(
+    ("base", "options"), [("plain_bert", {"layers": 1}), ("tiny_bert", {"base_share": 0.25})], ids=str
+)
+def test_whatever_is_done_to_the_base_a_stopped_training_goes_on(base, options, interrupted, learn, request):
+    options = {**options, "base": request.getfixturevalue(base)}
+    folder = interrupted("Step 6", 1, **options)
+    checkpoint = folder / "checkpoints/checkpoint-7"
+    assert checkpoint.exists()
+
+    learn(folder, **options)
+    learn(folder / "whole", **options)
+
+    found, wanted = (load_file(each / "model.safetensors") for each in (folder, folder / "whole"))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-5)
+
+
 def test_seconds_are_those_of_all_runs(interrupted, learn):
     folder = interrupted("Step 6", 1)
     file = folder / "checkpoints/checkpoint-7/trainer_state.json"
@@ -575,8 +841,96 @@ def test_a_half_written_checkpoint_is_not_gone_on_from(tmp_path):
 
 
 def test_a_folder_of_another_recipe_is_refused(trained, tiny_bert, pairs):
-    with pytest.raises(ConfigurationError, match="holds a training by another recipe; choose another folder"):
+    problem = r"holds a training by another recipe \(seed was 0, and is 7\); choose another folder"
+    with pytest.raises(ConfigurationError, match=problem):
         train(tiny_bert, pairs, trained.folder, seed=7)
+
+
+@pytest.fixture
+def begun(pairs, tmp_path, monkeypatch):
+    """A training of a copy of the pairs, called by relative paths, that has found its negatives: recipe and folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(pairs, "pairs.jsonl")
+    Path("base").mkdir()
+    recipe = read_recipe({"base": "base", "sets": [{"path": "pairs.jsonl"}], **SETTINGS})
+    prepare(recipe, tmp_path / "out", progress=False)
+    return recipe, tmp_path / "out"
+
+
+def test_a_folder_is_refused_where_its_data_changed(begun):
+    recipe, folder = begun
+    check_folder(recipe, folder)
+    with Path("pairs.jsonl").open("a") as file:
+        file.write('{"query": "one more?", "positive": "One more."}\n')
+
+    with pytest.raises(ConfigurationError, match=r"the files of the set 'pairs' in \S*pairs\.jsonl changed since"):
+        check_folder(recipe, folder)
+    (folder / "data.json").unlink()  # as one that was made before there was such a file
+    check_folder(recipe, folder)
+
+
+def test_a_recipe_is_the_same_however_its_paths_are_written(begun, tmp_path, monkeypatch):
+    recipe, folder = begun
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+
+    for place in (tmp_path, Path("..")):
+        sets = [{"path": place / "pairs.jsonl"}]
+        check_folder(read_recipe(recipe, base=str(place / "base"), sets=sets), folder)
+    with pytest.raises(ConfigurationError, match=r"\(base was '\S*/base', and is 'base'\)"):
+        check_folder(recipe, folder)
+    with pytest.raises(ConfigurationError, match=r"\(path of the set 'pairs' was '/\S*', and is '\S*/elsewhere/pairs"):
+        check_folder(read_recipe(recipe, base=str(tmp_path / "base")), folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"held_out": 9, "seed": 3}, "seed was 0, and is 3"),
+        ({"teacher": {"bm25": 1}}, r"teacher was \{\}, and is \{'bm25': 1.0\}"),
+        ({"sets": [{"path": "pairs.jsonl", "queries": 9}]}, "queries of the set 'pairs' was None, and is 9"),
+        ({"sets": [{"path": "pairs.jsonl", "name": "b"}]}, r"sets was \['pairs'\], and is \['b'\]"),
+    ],
+)
+def test_another_recipe_is_told_by_its_first_difference(options, difference, begun):
+    recipe, folder = begun
+
+    with pytest.raises(ConfigurationError, match=rf"another recipe \({difference}\)"):
+        check_folder(read_recipe(recipe, **options), folder)
+
+
+def test_a_recipe_of_a_later_version_is_refused(begun):
+    recipe, folder = begun
+    (folder / "recipe.json").write_text('{"base": "b", "sets": [{"path": "a"}], "colour": "red"}')
+
+    with pytest.raises(ConfigurationError, match=r"recipe\.json is no recipe of this version; choose another folder"):
+        check_folder(recipe, folder)
+
+
+def test_a_pipe_is_read_once(pairs, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    contents = chain([pairs.read_bytes()], repeat(b""))  # who reads it twice finds nothing more
+    threading.Thread(target=lambda: [*map(pipe.write_bytes, contents)], daemon=True).start()
+
+    assert len(read_set(SetOptions(path=pipe), seed=0).collection.queries) == 40
+
+
+def test_the_digest_is_of_the_files_that_are_read(beir):
+    folder = beir(train="1 a 1", test="2 b 1")
+
+    def digests():
+        return [read_set(SetOptions(path=folder, split=split), seed=0).digest for split in (None, "test")]
+
+    before = digests()
+    (folder / "qrels/test.tsv").write_text("2\tb\t2\n")
+    between = digests()
+    write(folder / "queries.jsonl", {"_id": "1", "text": "really red?"}, {"_id": "2", "text": "hot?"})
+    after = digests()
+
+    assert [old == new for old, new in zip(before, between, strict=True)] == [True, False]
+    assert [old == new for old, new in zip(between, after, strict=True)] == [False, False]
 
 
 def test_a_recipe_is_the_same_where_an_option_came_into_being_since(trained, tiny_bert, pairs, tmp_path):
@@ -627,6 +981,67 @@ def test_layers_are_left_out_at_equal_distances(tiny_bert):
     model.bert.encoder.layer = None
     with pytest.raises(ConfigurationError, match=r"layers=1: .* has no list of encoder layers to shorten"):
         keep_layers(model, 1)
+
+
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 16,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "num_labels": 1,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(("count", "kept"), [(3, [0, 3, 5]), (1, [0]), (6, [0, 1, 2, 3, 4, 5])])
+def test_a_first_layer_unlike_the_others_stays_the_first(count, kept, tmp_path):
+    torch.manual_seed(0)
+    model = ModernBertForSequenceClassification(ModernBertConfig(**SMALL, initializer_range=0.5)).eval()
+    before = list(model.model.layers)
+    ids = torch.arange(1, 41).view(2, 20)
+
+    keep_layers(model, count)
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+
+    assert list(model.model.layers) == [before[i] for i in kept]
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    torch.testing.assert_close(loaded.eval()(ids).logits, model(ids).logits)
+
+
+def test_layers_of_which_fewer_make_no_model_are_refused(tiny_bert):
+    model = BertForSequenceClassification(BertConfig.from_pretrained(tiny_bert, num_hidden_layers=4))
+    model.bert.encoder.layer[-1].further = torch.nn.Linear(1, 1)
+
+    with pytest.raises(ConfigurationError, match=r"layers=2: .* has layers of several kinds, and cannot"):
+        keep_layers(model, 2)
+
+
+DROPOUTS = {
+    "DistilBERT": DistilBertConfig(
+        vocab_size=512, dim=16, n_layers=2, n_heads=2, hidden_dim=32, num_labels=1, pad_token_id=0
+    ),
+    "ALBERT": AlbertConfig(**SMALL, embedding_size=8, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1),
+    "ModernBERT": ModernBertConfig(**SMALL, attention_dropout=0.1, mlp_dropout=0.1),
+}
+
+
+@pytest.mark.parametrize("kind", DROPOUTS)
+def test_a_base_of_any_kind_is_trained_without_dropout(kind, tiny_bert, tmp_path):
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path)
+    AutoModelForSequenceClassification.from_config(DROPOUTS[kind]).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "base")
+    recipe = Recipe(base=str(tmp_path / "base"), sets=({"path": "p"},), device="cpu")
+
+    model = load_base(recipe.base, recipe).train()
+    ids = torch.arange(1, 41).view(2, 20)
+
+    assert torch.equal(model.model(ids).logits, model.model(ids).logits)
+    model.model.save_pretrained(tmp_path / "saved")
+    as_before, saved = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("base", "saved"))
+    assert saved == as_before
 
 
 def test_a_model_with_fewer_layers_is_saved_and_loads(tiny_bert, pairs, tmp_path):
@@ -715,16 +1130,26 @@ def test_a_base_that_cannot_rank_is_refused_before_anything_is_done(tiny_bert, t
     assert not (tmp_path / "out/groups.jsonl").exists()
 
 
+@pytest.mark.parametrize("base", ["tiny_bert", "tiny_xlmr"])
+def test_more_tokens_than_the_base_has_positions_for_are_refused(base, request):
+    folder = request.getfixturevalue(base)
+
+    check_base(folder, 512)
+    with pytest.raises(ModelLoadError, match=r"max_length=513, but .* has positions for 512 tokens; lower it"):
+        check_base(folder, 513)
+
+
 # Use ------------------------------------------------------------------------------------------------------------------
 
-TEXTS = [answer for _, answer in FACTS[:6]]
+TEXTS = [" ".join(answer for _, answer in FACTS), *(answer for _, answer in FACTS[:5])]
 
 
-def test_the_folder_loads_and_scores_the_same_after_the_export(trained, tmp_path):
-    export_reranker(str(trained.folder), str(tmp_path), dtype="float32")
+def test_the_folder_loads_and_scores_the_same_after_the_export(learn, tmp_path):
+    folder = learn(tmp_path / "trained", max_length=48).folder
+    export_reranker(str(folder), str(tmp_path), dtype="float32")
     query = FACTS[0][0]
 
-    with_torch = init_reranker(f"cross-encoder:{trained.folder}", device="cpu", dtype="float32").backend
+    with_torch = init_reranker(f"cross-encoder:{folder}", device="cpu", dtype="float32").backend
     without = init_reranker(f"embedded:{tmp_path}").backend
 
     assert with_torch.score(query, TEXTS) == pytest.approx(without.score(query, TEXTS), abs=1e-4)
@@ -777,11 +1202,24 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
         ({"teacher": {"bm52": 1}}, r"Unknown teacher 'bm52'\. Did you mean 'bm25'\? There are bm25, dense, bge"),
         ({"teacher": {"dense": 1}}, "The teacher 'dense' is the embedding's ranking, and the recipe has no embedding"),
         ({"device": "quantum"}, "device 'quantum' cannot be used here"),
+        ({"device": "cuda:1"}, "device 'cuda:1': .* set CUDA_VISIBLE_DEVICES=1 and device='cuda'"),
     ],
 )
 def test_what_a_recipe_names_and_is_not_there_is_refused(options, problem, tiny_bert, pairs, tmp_path):
     with pytest.raises(ConfigurationError, match=problem):
         train(tiny_bert, pairs, tmp_path, **options)
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("meta", 1), ("cpu", 0)])  # meta: neither a CPU nor a GPU
+def test_of_several_gpus_a_training_takes_one(device, gpus, tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    recipe = Recipe(base=tiny_bert, sets=({"path": "p"},), device=device, batch_size=4)
+
+    arguments = _arguments(recipe, 32, tmp_path, evaluate=True, progress=False)
+
+    assert arguments.n_gpu == gpus
+    assert arguments.train_batch_size == 4
+    assert arguments.device == torch.device("cpu")
 
 
 def test_queries_that_come_next_are_embedded_together(tiny_embedding, monkeypatch):
@@ -837,6 +1275,14 @@ def test_train_and_export_make_a_model_that_rank_takes(tiny_bert, pairs, tmp_pat
     assert f"Use it: --backend embedded:{tmp_path / 'onnx'}" in exported.stdout
     assert len(ranked.stdout.splitlines()) == 2
     assert json.loads((tmp_path / "out/recipe.json").read_text())["teacher"] == {"bm25": 0.5}
+
+
+def test_on_a_terminal_the_log_says_what_no_bar_does(trained, learn, capsys):
+    with logged(bars=True):
+        learn(trained.folder)
+        logging.getLogger("langchain_rerank._training.fit").info("Step 1 of 8")
+
+    assert capsys.readouterr().err == f"{trained.folder} was trained by this recipe already; this is its report\n"
 
 
 def test_a_recipe_on_the_command_line_gives_way_to_options(tiny_bert, pairs, tmp_path):

@@ -43,12 +43,10 @@ def settle(
 
 
 @contextmanager
-def logged(*, wanted: bool) -> Iterator[None]:
-    """What the training has to say, on standard error, line by line: for where there are no bars."""
-    if not wanted:
-        yield
-        return
-    logger, handler = logging.getLogger("langchain_rerank"), logging.StreamHandler()
+def logged(*, bars: bool) -> Iterator[None]:
+    """What the training has to say, on standard error, line by line; beside bars only how it ended."""
+    logger = logging.getLogger("langchain_rerank.training" if bars else "langchain_rerank")
+    handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)

@@ -14,6 +14,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import RunnableConfig
 
 from langchain_rerank._optional import missing
+from langchain_rerank.backends.base import clean
 from langchain_rerank.errors import BackendError, ConfigurationError, MissingDependencyError
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Asker:
 
 def _question(answer: Any) -> str:
     """The last line that is not empty: a model that explains itself does so first."""
-    lines = [line.strip() for line in str(answer.text).splitlines() if line.strip()]
+    lines = [line.strip() for line in clean(str(answer.text)).splitlines() if line.strip()]
     return lines[-1].strip('"').strip() if lines else ""
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -18,6 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, EarlyStoppingCallback, PrinterCallback, ProgressCallback, set_seed
 
+from langchain_rerank._export import positions
 from langchain_rerank._training.callbacks import Bar, Clock, Interruption
 from langchain_rerank._training.mining import Group
 from langchain_rerank._training.prepare import Question
@@ -32,8 +35,6 @@ logger = logging.getLogger(__name__)
 METRIC = "nDCG@10"
 """What chooses the best checkpoint."""
 
-_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "embedding_dropout")
-
 
 class GroupLoss(nn.Module):
     """Cross-entropy between a group's targets and logits, with binary cross-entropy where the answer is known.
@@ -42,7 +43,7 @@ class GroupLoss(nn.Module):
     groups, and `pointwise * BCE(z, label)`, the mean over the pairs whose relevance is known.
     ListNet: Cao et al., 2007, https://doi.org/10.1145/1273496.1273513
 
-    Pairs go through the model longest first, `batch_pairs` at a time, so that few positions are padding. (The
+    Pairs go through the model longest first, `batch_pairs` of them at a time, so that few positions are padding. (The
     losses of sentence-transformers pad a whole batch to its longest pair, or cut it in the order given.)
     """
 
@@ -50,6 +51,7 @@ class GroupLoss(nn.Module):
         super().__init__()
         self.model = model
         self._recipe = recipe
+        self._batch_pairs = batch_pairs(recipe)
 
     def forward(self, inputs: Sequence[Any], labels: Sequence[Tensor], **_: Any) -> Tensor:
         """The loss of some groups.
@@ -73,8 +75,8 @@ class GroupLoss(nn.Module):
         """Shape (n,), in float32, in the order of the pairs."""
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
         found = []
-        for start in range(0, len(order), self._recipe.batch_pairs):
-            features = self.model.preprocess([pairs[i] for i in order[start : start + self._recipe.batch_pairs]])
+        for start in range(0, len(order), self._batch_pairs):
+            features = self.model.preprocess([pairs[i] for i in order[start : start + self._batch_pairs]])
             features = {key: value.to(self.model.device) for key, value in features.items() if hasattr(value, "to")}
             found.append(self._scores(features))
         back = torch.empty(len(order), dtype=torch.long)
@@ -131,7 +133,7 @@ def rank(model: CrossEncoder, questions: Sequence[Question], recipe: Recipe) -> 
     """Document ids by query id, best first; ties stay as the first stage had them."""
     pairs = [(each.query, text) for each in questions for text in each.documents.values()]
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16(recipe)):
-        logits = iter(model.predict(pairs, batch_size=recipe.batch_pairs, show_progress_bar=False).tolist())
+        logits = iter(model.predict(pairs, batch_size=batch_pairs(recipe), show_progress_bar=False).tolist())
     run = {}
     for question in questions:
         scored = {key: next(logits) for key in question.documents}
@@ -148,7 +150,6 @@ def load_base(base: str, recipe: Recipe) -> CrossEncoder:
     set_seed(recipe.seed)  # of a fresh head
     # That a plain encoder lacks a head is no news: a fresh one is what was asked for.
     with _loading(base), quiet("transformers"), quiet("sentence_transformers"):
-        config = AutoConfig.from_pretrained(base)
         model: CrossEncoder = CrossEncoder(
             base,
             num_labels=1,
@@ -156,16 +157,31 @@ def load_base(base: str, recipe: Recipe) -> CrossEncoder:
             device=str(choose_device(recipe)),
             activation_fn=nn.Identity(),
             model_kwargs={"dtype": torch.float32, "attn_implementation": "eager"},
-            config_kwargs={name: 0.0 for name in _DROPOUTS if hasattr(config, name)},
         )
+    _leave_dropout_out(model)
     return model
 
 
-def check_base(base: str) -> None:
+def _leave_dropout_out(model: nn.Module) -> None:
+    """Set every dropout to 0 in the modules alone: the config keeps the base's, for whoever trains the model later."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):  # ModernBERT's attention keeps it so
+                setattr(module, name, 0.0)
+
+
+def check_base(base: str, max_length: int) -> None:
     """Refuse what cannot become a cross-encoder, before anything is done.
 
+    Args:
+        base: A folder or a name of transformers.
+        max_length: Most tokens of a pair that the model is to learn from, specials included.
+
     Raises:
-        ModelLoadError: There is no such model, it has several labels, or it writes text.
+        ModelLoadError: There is no such model, it has several labels or no positions for so many tokens, or it writes
+            text.
     """
     with _loading(base):
         config = AutoConfig.from_pretrained(base)
@@ -177,6 +193,9 @@ def check_base(base: str) -> None:
         )
     if _has_head(config) and config.num_labels != 1:
         raise ModelLoadError(f"{base!r} has {config.num_labels} labels; a reranker has one, the relevance")
+    longest = positions(config)
+    if longest is not None and max_length > longest:
+        raise ModelLoadError(f"max_length={max_length}, but {base!r} has positions for {longest} tokens; lower it")
 
 
 def has_head(base: str) -> bool:
@@ -202,24 +221,46 @@ def _loading(base: str) -> Iterator[None]:
 def keep_layers(model: Any, count: int) -> None:
     """Leave out layers at equal distances, so that `count` remain, the last among them.
 
-    Sajjad et al., 2023, On the effect of dropping layers of pre-trained transformer models, compare such choices:
-    https://arxiv.org/abs/2004.03844
+    Where the first layer is unlike the others, as ModernBERT's without a norm is, it remains in place of the first one
+    chosen. Sajjad et al., 2023, On the effect of dropping layers of pre-trained transformer models, compare such
+    choices: https://arxiv.org/abs/2004.03844
 
     Raises:
-        ConfigurationError: The model has fewer, or keeps them where nobody looked.
+        ConfigurationError: The model has fewer, keeps them where nobody looked, or could not be loaded without some.
     """
+    encoder, name = _where_layers_are(model, count)
+    layers = getattr(encoder, name)
+    equal = [round((i + 1) * len(layers) / count) - 1 for i in range(count)]
+    kinds = getattr(model.config, "layer_types", None)
+    for kept in (equal, [0, *equal[1:]]):
+        setattr(encoder, name, nn.ModuleList(layers[i] for i in kept))
+        model.config.num_hidden_layers = count
+        if kinds:
+            model.config.layer_types = [kinds[i] for i in kept]
+        if _is_as_configured(model):
+            return
+    raise ConfigurationError(
+        f"layers={count}: {type(model).__name__} has layers of several kinds, and cannot do without some; keep all"
+    )
+
+
+def _where_layers_are(model: Any, count: int) -> tuple[Any, str]:
+    """The module that has the list of the encoder's layers, `count` at least, and what the list is called there."""
     encoder = getattr(model.base_model, "encoder", model.base_model)
     name = next((name for name in ("layer", "layers") if isinstance(getattr(encoder, name, None), nn.ModuleList)), None)
     if name is None:
         raise ConfigurationError(f"layers={count}: {type(model).__name__} has no list of encoder layers to shorten")
-    layers = getattr(encoder, name)
-    if count > len(layers):
-        raise ConfigurationError(f"layers={count}: {type(model).__name__} has {len(layers)}")
-    kept = [round((i + 1) * len(layers) / count) - 1 for i in range(count)]
-    setattr(encoder, name, nn.ModuleList(layers[i] for i in kept))
-    model.config.num_hidden_layers = count
-    if kinds := getattr(model.config, "layer_types", None):
-        model.config.layer_types = [kinds[i] for i in kept]
+    if count > len(getattr(encoder, name)):
+        raise ConfigurationError(f"layers={count}: {type(model).__name__} has {len(getattr(encoder, name))}")
+    return encoder, name
+
+
+def _is_as_configured(model: Any) -> bool:
+    """Whether a model of this config has these weights, so that this one loads once it is saved."""
+    with torch.device("meta"):  # only the shapes are wanted
+        fresh = type(model)(copy.deepcopy(model.config))
+    found, wanted = ({name: weight.shape for name, weight in each.state_dict().items()} for each in (model, fresh))
+    return found == wanted
 
 
 def copied_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -323,7 +364,7 @@ def _arguments(
 ) -> CrossEncoderTrainingArguments:
     steps = max(1, round(recipe.epochs * -(-groups // recipe.batch_size)))
     each = max(1, -(-steps // recipe.evaluations))
-    return CrossEncoderTrainingArguments(
+    arguments = CrossEncoderTrainingArguments(
         output_dir=str(folder.resolve()),
         max_steps=steps,
         per_device_train_batch_size=recipe.batch_size,
@@ -346,17 +387,30 @@ def _arguments(
         disable_tqdm=not progress,
         report_to=[],
     )
+    # Of several GPUs the trainer would take all, each with a copy of the model and a batch of its own.
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001 - as the trainer itself does for a model in parts
+    return arguments
 
 
 def choose_device(recipe: Recipe) -> torch.device:
     """The recipe's device, else CUDA if it is there, else the CPU.
 
     Raises:
-        ConfigurationError: The recipe's device is not there.
+        ConfigurationError: The recipe's device is not there, or a GPU other than the first, which the trainer takes.
     """
-    if recipe.device is not None:
-        return pick_device(recipe.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if recipe.device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if later := re.fullmatch(r"cuda:0*([1-9]\d*)", recipe.device):
+        raise ConfigurationError(
+            f"device {recipe.device!r}: a training takes the first GPU that it sees; "
+            f"set CUDA_VISIBLE_DEVICES={later[1]} and device='cuda'"
+        )
+    return pick_device(recipe.device)
+
+
+def batch_pairs(recipe: Recipe) -> int:
+    """Pairs that go through the model together: the recipe's, else 8 on a CPU and 32 elsewhere."""
+    return recipe.batch_pairs or (8 if choose_device(recipe).type == "cpu" else 32)
 
 
 def bfloat16(recipe: Recipe) -> bool:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from langchain_rerank._duplicates import first_of_each
 from langchain_rerank._training.recipe import Recipe
-from langchain_rerank._training.sets import TrainingSet
+from langchain_rerank._training.sets import TrainingSet, drawn
 from langchain_rerank.backends.base import Backend
 from langchain_rerank.retrievers import create_qdrant_retriever
 
@@ -94,7 +94,10 @@ def _scores(documents: Iterable[Any]) -> dict[str, float]:
 
 
 class GroupMaker:
-    """Makes a group of the right answer and of negatives, hard ones first, with what the teachers say of them.
+    """Makes a group of right answers and of negatives, with what the teachers say of them.
+
+    The first is one of the best answers. At most a quarter of the group are other answers, of whatever grade, and half
+    of what is left are judged negatives, more where too few candidates were found. All are drawn.
 
     Args:
         recipe: Its sizes, teachers and weights.
@@ -107,12 +110,17 @@ class GroupMaker:
         self._random = random.Random(f"{recipe.seed} groups")  # noqa: S311 - no secret
 
     def __call__(self, training_set: TrainingSet, query_id: str, candidates: Candidates) -> Group | None:
-        """The group of a query; `None` where nothing was found beside the right answers."""
+        """The group of a query; `None` where nothing was found or given beside the right answers."""
         grades = training_set.collection.qrels[query_id]
-        positive = self._positive(grades)
-        chosen = [positive, *self._negatives(training_set, grades, candidates)]
-        if len(chosen) == 1:
-            return None
+        if not candidates.documents and all(grade > 0 for grade in grades.values()):
+            return None  # and nothing is drawn
+        answers = self._answers(grades)
+        negatives = self._negatives(training_set, grades, candidates, self._recipe.group_size - len(answers))
+        return self._group(training_set, grades, candidates, [*answers, *negatives]) if negatives else None
+
+    def _group(
+        self, training_set: TrainingSet, grades: Mapping[str, int], candidates: Candidates, chosen: Sequence[str]
+    ) -> Group:
         texts = [training_set.collection.corpus[key] for key in chosen]
         taught = self._taught(candidates, chosen, texts)
         highest = max(grades.values())
@@ -128,29 +136,39 @@ class GroupMaker:
             training_set.synthetic is not None,
         )
 
-    def _positive(self, grades: Mapping[str, int]) -> str:
-        """One of the best answers."""
+    def _answers(self, grades: Mapping[str, int]) -> list[str]:
+        """One of the best answers, and some of the others."""
         highest = max(grades.values())
-        return self._random.choice([key for key, grade in grades.items() if grade == highest])
+        best = self._random.choice([key for key, grade in grades.items() if grade == highest])
+        others = [key for key, grade in grades.items() if grade > 0 and key != best]
+        return [best, *drawn(others, self._recipe.group_size // 4, self._random)]
 
-    def _negatives(self, training_set: TrainingSet, grades: Mapping[str, int], candidates: Candidates) -> list[str]:
-        """Judged negatives, and candidates that repeat no right answer: half hard ones, half from further down."""
-        wanted = self._recipe.group_size - 1
-        corpus = training_set.collection.corpus
-        judged = [key for key, grade in grades.items() if grade <= 0][: wanted // 2]
-        order = [key for key in self._fused_order(candidates) if key not in grades]
-        right = [corpus[key] for key, grade in grades.items() if grade > 0]
-        order = [key for key in order if not any(self._repeats(answer, corpus[key]) for answer in right)]
+    def _negatives(
+        self, training_set: TrainingSet, grades: Mapping[str, int], candidates: Candidates, wanted: int
+    ) -> list[str]:
+        """Judged negatives, one at least if there are any, and candidates: half hard ones, half from further down."""
+        order = self._unjudged(training_set.collection.corpus, grades, candidates)
+        judged = [key for key, grade in grades.items() if grade <= 0]
+        taken = drawn(judged, max(1, wanted // 2, wanted - len(order)), self._random)
+        wanted -= len(taken)
         hard, easier = order[:_HARDEST], order[_HARDEST:]
-        few = min(len(hard), max((wanted - len(judged) + 1) // 2, wanted - len(judged) - len(easier)))
-        taken = [*judged, *self._random.sample(hard, few)]
-        return taken + self._random.sample(easier, min(len(easier), wanted - len(taken)))
+        few = min(len(hard), max((wanted + 1) // 2, wanted - len(easier)))
+        taken = [*taken, *self._random.sample(hard, few)]
+        return taken + self._random.sample(easier, min(len(easier), wanted - few))
+
+    def _unjudged(self, corpus: Mapping[str, str], grades: Mapping[str, int], candidates: Candidates) -> list[str]:
+        """The candidates that nobody judged and that repeat no right answer, best first."""
+        right = [corpus[key] for key, grade in grades.items() if grade > 0]
+        order = [key for key in self._fused_order(candidates) if key not in grades]
+        return [key for key in order if not any(self._repeats(answer, corpus[key]) for answer in right)]
 
     def _fused_order(self, candidates: Candidates) -> list[str]:
         """All candidates, best first by the sum of the standardised scores of the first stages."""
         keys = candidates.documents
+        if not keys:
+            return []
         total = sum(_standardised(_filled(scores, keys)) for scores in candidates.stages.values())
-        return [keys[i] for i in np.argsort(-np.asarray(total), kind="stable")] if keys else []
+        return [keys[i] for i in np.argsort(-np.asarray(total), kind="stable")]
 
     def _repeats(self, answer: str, text: str) -> bool:
         return first_of_each([answer, text], self._recipe.near_duplicate)[1] == 0
@@ -179,7 +197,7 @@ class GroupMaker:
 
 
 _LABELS_ALONE = 5.0
-"""The target of a right answer where no teacher speaks: in a group of 8 the softmax gives it 95 %."""
+"""The target of a best answer where no teacher speaks: the softmax gives 95 % to one among 7 negatives."""
 
 
 def _filled(scores: Scores, keys: Sequence[str]) -> NDArray[np.float64]:

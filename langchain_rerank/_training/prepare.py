@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import random
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -24,7 +26,7 @@ from langchain_rerank._training.mining import (
     write_lines,
 )
 from langchain_rerank._training.recipe import Recipe
-from langchain_rerank._training.sets import TrainingSet, read_set
+from langchain_rerank._training.sets import TrainingSet, digest_of, plain, read_set
 from langchain_rerank.data import Collection
 from langchain_rerank.errors import ConfigurationError
 from langchain_rerank.factory import init_reranker, installed_backends, nearest
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GROUPS, _HELD_OUT, _QUESTIONS, _RECIPE = "groups.jsonl", "held_out.jsonl", "questions.jsonl", "recipe.json"
+_DATA = "data.json"
+"""The name of each set to the digest of its files; a folder of an earlier version has none."""
 
 
 @dataclass(frozen=True)
@@ -86,34 +90,69 @@ def prepare(recipe: Recipe, folder: Path, *, llm: BaseChatModel | None = None, p
     sets = [read_set(options, recipe.seed, ask) for options in recipe.sets]
     if not (folder / _HELD_OUT).is_file():
         groups, questions = _found(recipe, sets, progress=progress)
-        if not groups:
-            names = ", ".join(each.name for each in sets)
-            raise ConfigurationError(
-                f"No query of {names} has a negative beside its answers. Give more documents, or pairs with negatives"
-            )
-        (folder / _RECIPE).write_text(recipe.model_dump_json(indent=2), encoding="utf-8")
+        digests = {each.name: each.digest for each in sets}
+        (folder / _DATA).write_text(json.dumps(digests, indent=2), encoding="utf-8")
+        (folder / _RECIPE).write_text(_settled(recipe).model_dump_json(indent=2), encoding="utf-8")
         write_lines(folder / _GROUPS, groups)
         write_lines(folder / _HELD_OUT, questions)  # last: it says that both are there
     return Prepared(read_lines(folder / _GROUPS, Group), read_lines(folder / _HELD_OUT, Question), sets)
 
 
 def check_folder(recipe: Recipe, folder: Path) -> None:
-    """Refuse a folder in which another recipe has begun.
+    """Refuse a folder in which another recipe has begun, or this one on other data.
 
     Raises:
-        ConfigurationError: It has.
+        ConfigurationError: It has, or a file of a set cannot be read.
     """
-    file = folder / _RECIPE
-    if file.is_file() and not _says(file, recipe):
-        raise ConfigurationError(f"{folder} holds a training by another recipe; choose another folder or remove it")
+    if not (folder / _RECIPE).is_file():
+        return
+    before, now = _options(_begun(folder / _RECIPE)), _options(recipe)
+    if differing := [name for name in now if now[name] != before.get(name)]:
+        name = differing[0]
+        raise ConfigurationError(
+            f"{folder} holds a training by another recipe ({name} was {before.get(name)!r}, and is {now[name]!r}); "
+            "choose another folder or remove it"
+        )
+    _check_data(recipe, folder)
 
 
-def _says(file: Path, recipe: Recipe) -> bool:
-    """Whether a file holds this recipe; options that came into being after it was written are as by default."""
+def _check_data(recipe: Recipe, folder: Path) -> None:
+    file = folder / _DATA
+    digests = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for each in recipe.sets:
+        if each.name in digests and digests[each.name] != digest_of(each):
+            raise ConfigurationError(
+                f"{folder} holds a training on other data: the files of the set {each.name!r} in {each.path} changed "
+                "since; choose another folder or remove it"
+            )
+
+
+def _begun(file: Path) -> Recipe:
+    """The recipe in a file; options that came into being after it was written are as by default."""
     try:
-        return Recipe.model_validate_json(file.read_text(encoding="utf-8")) == recipe
-    except ValidationError:
-        return False
+        return Recipe.model_validate_json(file.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise ConfigurationError(f"{file} is no recipe of this version; choose another folder or remove it") from error
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says, by name; first of all its sets."""
+    options = _settled(recipe).model_dump(mode="json")
+    sets = options.pop("sets")
+    named = {f"{key} of the set {each['name']!r}": value for each in sets for key, value in each.items()}
+    return {"sets": [each["name"] for each in sets], **options, **named}
+
+
+def _settled(recipe: Recipe) -> Recipe:
+    """The recipe with whole paths: it is the same from wherever it is called."""
+    sets = tuple(each.model_copy(update={"path": Path(os.path.realpath(each.path))}) for each in recipe.sets)
+    models = {"base": _placed(recipe.base), "embedding": recipe.embedding and _placed(recipe.embedding)}
+    return recipe.model_copy(update={"sets": sets, **models})
+
+
+def _placed(model: str) -> str:
+    """A model's folder as a whole path; else the name as it stands."""
+    return os.path.realpath(model) if Path(model).is_dir() else model
 
 
 def _llm(recipe: Recipe, llm: BaseChatModel | None) -> Callable[[], BaseChatModel] | None:
@@ -134,31 +173,45 @@ def _found(recipe: Recipe, sets: Sequence[TrainingSet], *, progress: bool) -> tu
             task = bar.add_task(f"Hard negatives: {each.name}", total=len(each.collection.queries))
             if embedding is not None:
                 embedding.foresee(each.collection.queries.values())
-            for query_id, candidates in _kept(find(each, embedding, recipe.fetch_k)):
+            for query_id, candidates in find(each, embedding, recipe.fetch_k):
                 bar.advance(task)
-                if query_id in held_out[each.name]:
+                if query_id not in held_out[each.name]:
+                    groups += filter(None, [make(each, query_id, candidates)])
+                elif candidates.documents:
                     questions.append(_question(each, query_id, candidates))
-                elif group := make(each, query_id, candidates):
-                    groups.append(group)
             logger.info("%s: %s queries asked", each.name, len(each.collection.queries))
-    groups = _without(groups, {_plain(question.query) for question in questions})
+    taken = {text for each in sets for key in held_out[each.name] for text in _texts(each.collection, key)}
+    groups = _without(groups, taken, ", ".join(each.name for each in sets))
     random.Random(f"{recipe.seed} order").shuffle(groups)  # noqa: S311 - no secret
     return groups, questions
 
 
-def _without(groups: Sequence[Group], held_out: Container[str]) -> list[Group]:
-    """The groups but for those of a query that is held out elsewhere, such as in another set."""
-    return [group for group in groups if _plain(group.query) not in held_out]
+def _texts(collection: Collection, query_id: str) -> list[str]:
+    """A query and what answers it, in plain form."""
+    answers = [collection.corpus[key] for key, grade in collection.qrels[query_id].items() if grade > 0]
+    return [plain(text) for text in (collection.queries[query_id], *answers)]
 
 
-def _plain(query: str) -> str:
-    """A query as it counts for being the same: case and space do not matter."""
-    return " ".join(query.casefold().split())
+def _without(groups: Sequence[Group], held_out: Container[str], names: str) -> list[Group]:
+    """The groups but for those that ask or answer what a held-out query does, in their own set or in another."""
+    if not groups:
+        raise ConfigurationError(
+            f"No query of {names} has a negative beside its answers. Give more documents, or pairs with negatives"
+        )
+    kept = [group for group in groups if not any(plain(text) in held_out for text in _best(group))]
+    if not kept:
+        raise ConfigurationError(
+            f"Every query of {names} asks or answers what a held-out one does, so that nothing is left to learn. Give "
+            "more data, or measure elsewhere with held_out=0"
+        )
+    if len(kept) < len(groups):
+        logger.info("Left out %s queries that ask or answer what a held-out one does", len(groups) - len(kept))
+    return kept
 
 
-def _kept(found: Iterator[tuple[str, Candidates]]) -> Iterator[tuple[str, Candidates]]:
-    """Those queries for which anything was found."""
-    return ((query_id, candidates) for query_id, candidates in found if candidates.documents)
+def _best(group: Group) -> list[str]:
+    """A group's query and its best answers."""
+    return [group.query, *(text for text, grade in zip(group.docs, group.relevance, strict=True) if grade == 1)]
 
 
 def _encoder(recipe: Recipe) -> Encoder | None:

@@ -24,11 +24,15 @@ class SetOptions(Strict):
     """One collection to learn from."""
 
     path: Path
-    """A folder in BEIR layout, or a file of JSON lines: pairs (`query`, `positive`, perhaps `negatives` and `grade`)
-    or documents alone (`text`, perhaps `title`)."""
+    """A folder in BEIR layout (`corpus.jsonl` and `queries.jsonl`, perhaps with .gz, and judgements), or a file of JSON
+    lines: pairs (`query`, `positive`, perhaps `negatives` and `grade`) or documents alone (`text`, perhaps `title`)."""
 
     name: str = ""
     """What the set is called in groups, report and card; by default as its file or folder, and what is synthetic."""
+
+    split: str | None = None
+    """Whose judgements of a folder in BEIR layout to learn from, such as `dev` for `qrels/dev.tsv`. `None` takes
+    `qrels/train.tsv`, else `qrels.tsv`; a test split is learned from only where it is named."""
 
     queries: int | None = Field(default=None, ge=1)
     """Most queries to take, drawn by the seed; `None` takes all. Of an LLM's, most documents to ask it about."""
@@ -116,8 +120,9 @@ class Recipe(Strict):
     batch_size: int = Field(default=8, ge=1)
     """Queries that one step learns from."""
 
-    batch_pairs: int = Field(default=32, ge=1)
-    """Pairs that go through the model together, longest first. The gradient is the same but for rounding."""
+    batch_pairs: int | None = Field(default=None, ge=1)
+    """Pairs that go through the model together, longest first. The gradient is the same but for rounding. `None` takes
+    8 on a CPU, where 32 made a step 2.5 times slower (docs/training.md), and 32 elsewhere."""
 
     base_share: float = Field(default=0.0, ge=0, lt=1)
     """How much of the base stays in the result: so much of each weight is the base's, the rest the trained one. A model

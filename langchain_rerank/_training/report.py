@@ -15,7 +15,7 @@ from sentence_transformers.cross_encoder import CrossEncoder
 
 from langchain_rerank._training.fit import rank
 from langchain_rerank._training.prepare import Prepared, Question
-from langchain_rerank._training.recipe import Recipe
+from langchain_rerank._training.recipe import Recipe, SetOptions
 from langchain_rerank.evaluation import METRICS, Interval, bootstrap, score_run
 
 _MADE_BY = {
@@ -114,8 +114,10 @@ def _ranking(questions: Sequence[Question], run: Mapping[str, Sequence[str]], se
 def write_report(report: TrainingReport, recipe: Recipe, prepared: Prepared) -> None:
     """Write `training.json`, with each query's values, and `README.md`, the model card."""
     content = {"recipe": recipe.model_dump(mode="json"), **asdict(report), "folder": report.folder.name}
-    (report.folder / "training.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     (report.folder / "README.md").write_text(_card(report, recipe, prepared), encoding="utf-8")
+    partial = report.folder / "training.partial"
+    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    partial.replace(report.folder / "training.json")  # last: it says that all is done
 
 
 def read_report(folder: Path) -> TrainingReport | None:
@@ -142,7 +144,7 @@ def _card(report: TrainingReport, recipe: Recipe, prepared: Prepared) -> str:
         f'reranker = init_reranker("cross-encoder:{report.folder.name}")  # the path of this folder',
         "```\n",
         "## Data\n",
-        _data(prepared),
+        _data(recipe, prepared),
         "## Before and after\n",
         _before_and_after(report),
         "## Settings\n",
@@ -151,14 +153,20 @@ def _card(report: TrainingReport, recipe: Recipe, prepared: Prepared) -> str:
     return "\n".join(parts)
 
 
-def _data(prepared: Prepared) -> str:
+def _data(recipe: Recipe, prepared: Prepared) -> str:
     """A table of the sets."""
-    lines = ["| set | queries learned from | queries are | licence |", "|---|---|---|---|"]
-    for each in prepared.sets:
+    lines = ["| set | queries learned from | queries are | licence | drawn at most |", "|---|---|---|---|---|"]
+    for options, each in zip(recipe.sets, prepared.sets, strict=True):
         count = sum(group.name == each.name for group in prepared.groups)
         kind = _MADE_BY[each.synthetic] if each.synthetic else "the set's own"
-        lines.append(f"| {each.name} | {count} | {kind} | {each.licence.replace('|', '/')} |")
+        kind += f" (split {options.split})" if options.split else ""
+        lines.append(f"| {each.name} | {count} | {kind} | {each.licence.replace('|', '/')} | {_limits(options)} |")
     return "\n".join(lines) + "\n"
+
+
+def _limits(options: SetOptions) -> str:
+    limits = {"queries": options.queries, "documents": options.documents}
+    return ", ".join(f"{limit} {what}" for what, limit in limits.items() if limit is not None) or "all"
 
 
 def _before_and_after(report: TrainingReport) -> str:

@@ -76,16 +76,10 @@ class _Frame:
     def encoding(self, query: Sequence[int], passage: Sequence[int], *, truncated: bool, room: int) -> Encoding:
         """The pair of two lists of ids."""
         before, between, after = self.ids
-        types = self.type_ids
+        types, (of_query, of_passage) = self.type_ids, self.pair_types
         return Encoding(
             [*before, *query, *between, *passage, *after],
-            [
-                *types[0],
-                *(self.pair_types[0] for _ in query),
-                *types[1],
-                *(self.pair_types[1] for _ in passage),
-                *types[2],
-            ],
+            [*types[0], *[of_query] * len(query), *types[1], *[of_passage] * len(passage), *types[2]],
             truncated=truncated,
             room=room,
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from langchain_rerank.backends.base import clean
 from langchain_rerank.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -47,21 +48,37 @@ def load_stackfaq() -> Collection:
     return read_beir(STACKFAQ)
 
 
-def read_beir(folder: Path) -> Collection:
+def read_beir(folder: Path, split: str | None = None) -> Collection:
     """Read a collection in BEIR layout.
 
     Args:
-        folder: Holds `corpus.jsonl`, `queries.jsonl` (each may end in .gz) and `qrels.tsv` or `qrels/test.tsv`.
+        folder: Holds `corpus.jsonl`, `queries.jsonl` (each may end in .gz) and the judgements.
+        split: Whose judgements to read, such as `"dev"` for `qrels/dev.tsv`. `None` takes what a collection is judged
+            by: `qrels.tsv`, else `qrels/test.tsv`.
 
     Raises:
         ConfigurationError: A file is not there, or a line of it is not what it should be.
     """
-    corpus = _texts(_find(folder, "corpus.jsonl", "corpus.jsonl.gz"))
-    queries = _texts(_find(folder, "queries.jsonl", "queries.jsonl.gz"))
+    corpus, queries, judgements = beir_files(folder, split)
     qrels: dict[str, dict[str, int]] = {}
-    for query, document, grade in _judgements(_find(folder, "qrels.tsv", "qrels/test.tsv")):
+    texts = _texts(corpus), _texts(queries)
+    for query, document, grade in _judgements(judgements):
         qrels.setdefault(query, {})[document] = grade
-    return Collection(corpus, queries, qrels)
+    return Collection(*texts, qrels)
+
+
+def beir_files(folder: Path, split: str | None = None) -> tuple[Path, Path, Path]:
+    """Corpus, queries and judgements of a folder, as `read_beir` reads them.
+
+    Raises:
+        ConfigurationError: One of them is not there.
+    """
+    judgements = ("qrels.tsv", "qrels/test.tsv") if split is None else (f"qrels/{split}.tsv",)
+    return (
+        _find(folder, "corpus.jsonl", "corpus.jsonl.gz"),
+        _find(folder, "queries.jsonl", "queries.jsonl.gz"),
+        _find(folder, *judgements),
+    )
 
 
 def _find(folder: Path, *names: str) -> Path:
@@ -73,7 +90,7 @@ def _find(folder: Path, *names: str) -> Path:
 
 
 def _texts(path: Path) -> dict[str, str]:
-    """Id to text, title first."""
+    """Id to text, title first; a lone surrogate, which JSON can hold and no UTF-8 file, becomes U+FFFD."""
     texts: dict[str, str] = {}
     for number, line in _lines(path):
         key, text = _text(path, number, line)
@@ -86,7 +103,7 @@ def _texts(path: Path) -> dict[str, str]:
 def _text(path: Path, number: int, line: str) -> tuple[str, str]:
     try:
         row = json.loads(line)
-        return str(row["_id"]), f"{row.get('title') or ''} {row['text']}".strip()
+        return clean(str(row["_id"])), clean(f"{row.get('title') or ''} {row['text']}".strip())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(path, number, '{"_id": ..., "text": ...}', line) from error
 
