@@ -443,8 +443,9 @@ def plot(contests: Sequence[Contest], file: Path) -> None:
         colours = ["tab:blue" if lane.contestant.worker == "ours" else "tab:gray" for lane in lanes]
         bars = panel.barh([lane.name for lane in lanes], [lane.seconds for lane in lanes], color=colours)
         panel.bar_label(bars, fmt="%.2f", padding=3)
-        panel.margins(x=0.12)
-        panel.set_title(f"{contest.name} ({contest.shape.weights}), {len(contest.lengths)} passages")
+        panel.margins(x=0.16)
+        title = f"{contest.name} ({contest.shape.weights}), {len(contest.lengths)} passages"
+        panel.set_title(title, loc="right", fontsize="medium")  # a narrow panel, beside long names
         panel.set_xlabel("seconds, less is better")
     figure.savefig(file, dpi=150)
     plt.close(figure)
