@@ -23,6 +23,7 @@ import numpy as np
 
 from langchain_rerank._optional import require
 from langchain_rerank.backends._engines_onnx import trace
+from langchain_rerank.backends._torch import longest
 from langchain_rerank.errors import ConfigurationError, ModelLoadError
 
 if TYPE_CHECKING:
@@ -41,9 +42,6 @@ _SMALL = 4096
 
 _MATRIX = 2
 """Dimensions of a matrix."""
-
-_UNSET = 1_000_000
-"""A tokenizer that knows no limit says 10**30."""
 
 _SHAPES = ((2, 24), (1, 5), (3, 61))
 """Pairs and tokens of the batches on which graph and model are compared; the first is traced."""
@@ -79,8 +77,8 @@ def export(source: Path | str, target: Path | str, *, dtype: Stored = "float16")
         _store_as_int8(exported.graph)
     if dtype != "float32":
         _store_as_float16(exported.graph)
-    if (longest := _longest(model.config, source / "tokenizer_config.json")) is not None:
-        exported.metadata_props["max_length"] = str(longest)
+    if (most := longest(model.config, _allowed(source / "tokenizer_config.json"))) is not None:
+        exported.metadata_props["max_length"] = str(most)
     proto = ir.to_proto(exported)
     del proto.graph.value_info[:]  # shapes inside the graph: readers infer them, and some of torch's are wrong
     content = proto.SerializeToString(deterministic=True)
@@ -243,21 +241,10 @@ def _cast(graph: Any, half: ir.Value) -> None:
         node.replace_input_with(index, cast.outputs[0])
 
 
-def _longest(config: Any, file: Path) -> int | None:
-    """How many tokens the model reads: no more than it has positions for, nor than its tokenizer's file allows."""
-    allowed = json.loads(file.read_text("utf-8")).get("model_max_length") if file.is_file() else None
-    known = [int(limit) for limit in (positions(config), allowed) if limit is not None and limit < _UNSET]
-    return min(known, default=None)
-
-
-def positions(config: Any) -> int | None:
-    """How many tokens a model has positions for, specials included; `None` where its config does not say."""
-    count = getattr(config, "max_position_embeddings", None)
-    if not count:
-        return None
-    # RoBERTa and its kin count positions from the padding id on: 514 of them hold 512 tokens.
-    shifted = "roberta" in config.model_type or config.model_type == "camembert"
-    return int(count) - ((config.pad_token_id or 0) + 1 if shifted else 0)
+def _allowed(file: Path) -> int | None:
+    """How many tokens a tokenizer's file allows, if it says so."""
+    limit: int | None = json.loads(file.read_text("utf-8")).get("model_max_length") if file.is_file() else None
+    return limit
 
 
 def _compare(content: bytes, batches: list[dict[str, torch.Tensor]], expected: list[NDArray[np.float32]]) -> None:

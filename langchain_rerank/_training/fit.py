@@ -20,13 +20,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, EarlyStoppingCallback, PrinterCallback, ProgressCallback, set_seed
 
-from langchain_rerank._export import positions
 from langchain_rerank._training.callbacks import Bar, Clock, Interruption
 from langchain_rerank._training.mining import Group
 from langchain_rerank._training.prepare import Question
 from langchain_rerank._training.recipe import Recipe
 from langchain_rerank.backends._engines_onnx import quiet
-from langchain_rerank.backends._torch import _no_bars, pick_device, pick_dtype
+from langchain_rerank.backends._torch import _no_bars, longest, pick_device, pick_dtype
 from langchain_rerank.errors import ConfigurationError, ModelLoadError, RerankError
 from langchain_rerank.evaluation import score_run
 
@@ -193,9 +192,9 @@ def check_base(base: str, max_length: int) -> None:
         )
     if _has_head(config) and config.num_labels != 1:
         raise ModelLoadError(f"{base!r} has {config.num_labels} labels; a reranker has one, the relevance")
-    longest = positions(config)
-    if longest is not None and max_length > longest:
-        raise ModelLoadError(f"max_length={max_length}, but {base!r} has positions for {longest} tokens; lower it")
+    most = longest(config)
+    if most is not None and max_length > most:
+        raise ModelLoadError(f"max_length={max_length}, but {base!r} has positions for {most} tokens; lower it")
 
 
 def has_head(base: str) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import PrivateAttr
 
 from langchain_rerank.backends._files import ModelFiles
-from langchain_rerank.backends._torch import TorchBackend
+from langchain_rerank.backends._torch import UNSET, TorchBackend
 from langchain_rerank.backends.local import Batch, Encoding, Logits
 from langchain_rerank.errors import ModelLoadError
 
@@ -30,9 +30,6 @@ _MARGIN = 2
 
 _LEAST = 32
 """Tokens that query and passage need at least beside the prompt, as `max_length` does at least."""
-
-_UNSET = 1_000_000
-"""A tokenizer that knows no limit says 10**30."""
 
 
 class CausalRerankerBackend(TorchBackend):
@@ -111,7 +108,7 @@ class CausalRerankerBackend(TorchBackend):
         if self._network.config.pad_token_id is None:
             self._network.config.pad_token_id = tokenizer.pad_token_id
         longest = self._model.max_seq_length
-        self._set_longest(longest if longest and longest < _UNSET else None)
+        self._set_longest(longest if longest and longest < UNSET else None)
 
     def _measure_prompt(self) -> None:
         """Render a pair of nothing: it shows the prompt, or fails where the template has no place for a pair."""

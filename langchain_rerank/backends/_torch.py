@@ -23,6 +23,10 @@ Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 """A dtype by name; `auto` is bfloat16 where the hardware multiplies in it, else float32; `int8` is for encoders."""
 
 
+UNSET = 1_000_000
+"""From here on a limit on tokens is none."""
+
+
 class TorchBackend(LocalBackend):
     """A model that torch runs, from the Hugging Face hub or a folder."""
 
@@ -210,6 +214,24 @@ def _no_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def longest(config: Any, *limits: int | None) -> int | None:
+    """How many tokens an encoder reads, specials included: the least of its positions and of other limits.
+
+    Args:
+        config: Of transformers.
+        limits: Such as the tokenizer's; one that knows no limit says 10**30.
+
+    Returns:
+        `None` where nothing says so.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and ("roberta" in config.model_type or config.model_type == "camembert"):
+        # RoBERTa and its kin count positions from the padding id on: 514 of them hold 512 tokens.
+        positions -= (config.pad_token_id or 0) + 1
+    known = [int(limit) for limit in (positions, *limits) if limit and limit < UNSET]
+    return min(known, default=None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

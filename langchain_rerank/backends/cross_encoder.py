@@ -11,11 +11,9 @@ from langchain_rerank.backends._causal import CausalRerankerBackend, is_describe
 from langchain_rerank.backends._engines import EncoderBackend, Network, given_to
 from langchain_rerank.backends._files import ModelFiles
 from langchain_rerank.backends._pairs import encode_pairs
+from langchain_rerank.backends._torch import longest
 from langchain_rerank.backends.local import Batch, Encoding, Logits
 from langchain_rerank.errors import ConfigurationError, ModelLoadError
-
-_UNSET = 1_000_000
-"""A tokenizer that knows no limit says 10**30."""
 
 
 class CrossEncoderBackend(EncoderBackend):
@@ -85,7 +83,7 @@ class CrossEncoderBackend(EncoderBackend):
             with self._loading():
                 return self._pretrained(AutoModelForSequenceClassification, config)
 
-        self._set_longest(_longest(config, tokenizer))
+        self._set_longest(longest(config, tokenizer.model_max_length))
         self._wants_type_ids = "token_type_ids" in tokenizer.model_input_names
         self._tokenizer = self._backend_tokenizer(tokenizer)
         self._network = self._open_network(load)
@@ -143,17 +141,3 @@ class CrossEncoderBackend(EncoderBackend):
 
 def _architectures(config: Any) -> list[str]:
     return list(getattr(config, "architectures", None) or [])
-
-
-def _longest(config: Any, tokenizer: Any) -> int | None:
-    """How many tokens the model has positions for, specials included; `None` where nothing says so."""
-    limits = [tokenizer.model_max_length]
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions:
-        # RoBERTa and its kin count positions from the padding id on: 514 of them hold 512 tokens.
-        offset = (
-            (config.pad_token_id or 0) + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
-        )
-        limits.append(positions - offset)
-    known = [limit for limit in limits if limit < _UNSET]
-    return min(known, default=None)
