@@ -412,7 +412,7 @@ main()
         assert listed[name] == f"missing pip install 'langchain-rerank[{name}]'"
     for name in ("qdrant", "eval"):
         assert listed[name] == f"(extra) missing pip install 'langchain-rerank[{name}]'"
-    assert listed["embedded"] == "ready cpu"
+    assert listed["embedded"] == "ready cpu, float32, onnxruntime"
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
