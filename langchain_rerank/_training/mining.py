@@ -6,10 +6,10 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 from langchain_core.embeddings import Embeddings
@@ -219,10 +219,17 @@ def _logits(probabilities: Sequence[float]) -> NDArray[np.float64]:
 
 
 def write_lines(path: Path, items: Iterable[Any]) -> None:
-    """Keep dataclass objects as JSON lines, to resume from and to look at; the file is there when it is whole."""
+    """Keep dataclass objects as JSON lines, to resume from and to look at."""
+    with written_whole(path) as file:
+        file.writelines(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[TextIO]:
+    """A text file to write, which is there when it is whole."""
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
+        yield file
     partial.replace(path)
 
 

@@ -14,6 +14,7 @@ from statistics import fmean
 from sentence_transformers.cross_encoder import CrossEncoder
 
 from langchain_rerank._training.fit import rank
+from langchain_rerank._training.mining import written_whole
 from langchain_rerank._training.prepare import Prepared, Question
 from langchain_rerank._training.recipe import Recipe, SetOptions
 from langchain_rerank.evaluation import METRICS, Interval, bootstrap, score_run
@@ -115,9 +116,8 @@ def write_report(report: TrainingReport, recipe: Recipe, prepared: Prepared) -> 
     """Write `training.json`, with each query's values, and `README.md`, the model card."""
     content = {"recipe": recipe.model_dump(mode="json"), **asdict(report), "folder": report.folder.name}
     (report.folder / "README.md").write_text(_card(report, recipe, prepared), encoding="utf-8")
-    partial = report.folder / "training.partial"
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    partial.replace(report.folder / "training.json")  # last: it says that all is done
+    with written_whole(report.folder / "training.json") as file:  # last: it says that all is done
+        file.write(json.dumps(content, indent=1))
 
 
 def read_report(folder: Path) -> TrainingReport | None:

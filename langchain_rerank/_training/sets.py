@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from langchain_rerank._training.recipe import SetOptions, Synthetic
+from langchain_rerank.backends._files import blocks
 from langchain_rerank.backends.base import clean
 from langchain_rerank.data import Collection, beir_files, read_beir
 from langchain_rerank.errors import ConfigurationError
@@ -27,9 +28,6 @@ _NEEDED = {
     "llm": f"{_FEWEST_LEFT} characters to ask the llm about, and got a question from it",
 }
 """What a document must have to be asked for, by the kind of query."""
-
-_BLOCK = 2**20
-"""Bytes of a file that are read at a time for its digest."""
 
 Ask: TypeAlias = Callable[[Sequence[str]], list[str]]
 """Passages to a question that each of them answers; empty where there is none."""
@@ -92,8 +90,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
         return  # a pipe can be read but once
     try:
         with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                yield block
+            yield from blocks(file)
     except OSError as error:
         _refuse_unreadable(path, error)
 
@@ -217,19 +214,15 @@ def _turned(numbers: Mapping[str, str]) -> dict[str, str]:
 
 
 def _synthetic(rows: Sequence[Mapping[str, str]], kind: Synthetic) -> Collection:
-    """Each document's title, or first sentence, as a query for the rest of it.
-
-    Passages of one article share its title: all of them answer it.
-    """
+    """Each document's title, or first sentence, as a query for the rest of it."""
     corpus: dict[str, str] = {}
-    first: dict[str, str] = {}
-    qrels: dict[str, dict[str, int]] = {}
+    queries: dict[str, str] = {}
     for row in rows:
         key = row["_id"]
         query, corpus[key] = _asked(row["title"], row["text"], kind)
         if query and len(corpus[key]) >= _FEWEST_LEFT:
-            qrels.setdefault(first.setdefault(query, key), {})[key] = 1
-    return Collection(corpus, {key: query for query, key in first.items()}, qrels)
+            queries[key] = query
+    return Collection(corpus, queries, {key: {key: 1} for key in queries})
 
 
 def _asked(title: str, text: str, kind: Synthetic) -> tuple[str, str]:
@@ -284,7 +277,10 @@ def _free(number: int, known: Container[str]) -> str:
 
 
 def _merged(whole: Collection) -> Collection:
-    """Queries of the same text as one, the first: what answers one of them is no negative of another."""
+    """Queries of the same text as one, the first: what answers one of them is no negative of another.
+
+    So passages of one article, which share its title, all answer it.
+    """
     first: dict[str, str] = {}
     qrels: dict[str, dict[str, int]] = {}
     for key, query in whole.queries.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,6 +80,12 @@ def folder_digest(folder: Path) -> str:
 
 def _sha256(file: BinaryIO) -> str:
     digest = hashlib.sha256()  # hashlib.file_digest is of Python 3.11
-    while block := file.read(1 << 20):
+    for block in blocks(file):
         digest.update(block)
     return digest.hexdigest()
+
+
+def blocks(file: BinaryIO) -> Iterator[bytes]:
+    """A file, a mebibyte at a time."""
+    while block := file.read(1 << 20):
+        yield block

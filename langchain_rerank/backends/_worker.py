@@ -56,7 +56,6 @@ class Job(Generic[P, R]):
         fits: How many pairs of a length fit into one batch, at least 1.
         answer: Gets n rows, or the error; cancelled, it takes the pairs out of the queue.
         call: What it is a part of, if one call makes several jobs.
-        small: Whether it waits among small ones, if it is a call by itself.
     """
 
     def __init__(
@@ -68,11 +67,10 @@ class Job(Generic[P, R]):
         *,
         answer: Future[list[R]] | None = None,
         call: Call | None = None,
-        small: bool = False,
     ) -> None:
         self.pairs, self.forward, self.fits = pairs, forward, fits
         self.answer: Future[list[R]] = Future() if answer is None else answer
-        self.call = call or Call(sum(lengths), small=small)
+        self.call = call or Call(sum(lengths))
         self.context = contextvars.copy_context()
         self.alone = False
         self.due = 0

@@ -247,7 +247,8 @@ class LocalBackend(Backend):
             with self._queue.entered(self.max_waiting, answer, small=small):
                 found = self._tokenized(part, first)
             pieces.extend(found)
-            return self._job([piece.encoding for piece in found], answer, call, small=small)
+            encodings = [piece.encoding for piece in found]
+            return self._job(encodings, answer, call or Call(_tokens(encodings), small=small))
 
         starts = accumulate((sum(len(texts) for _, texts in part) for part in parts), initial=0)
         return [partial(tokenize, part, first) for part, first in zip(parts, starts, strict=False)]
@@ -332,7 +333,7 @@ class LocalBackend(Backend):
     def _run(self, encodings: Sequence[Encoding]) -> list[Row]:
         """Every pair's logits, in order."""
         rows = self._queue.run(self._job(encodings))
-        report_usage(tokens=sum(len(encoding.ids) for encoding in encodings))
+        report_usage(tokens=_tokens(encodings))
         return rows
 
     def _job(
@@ -340,11 +341,9 @@ class LocalBackend(Backend):
         encodings: Sequence[Encoding],
         answer: Future[list[Row]] | None = None,
         call: Call | None = None,
-        *,
-        small: bool = False,
     ) -> Job[Encoding, Row]:
         lengths = [len(encoding.ids) for encoding in encodings]
-        return Job(encodings, lengths, self._rows, self._fits, answer=answer, call=call, small=small)
+        return Job(encodings, lengths, self._rows, self._fits, answer=answer, call=call)
 
     def _rows(self, encodings: Sequence[Encoding]) -> list[Row]:
         """Each pair's logits, of one batch."""
@@ -389,7 +388,7 @@ class LocalBackend(Backend):
 
     def _scored(self, requests: Sequence[Request], pieces: Sequence[_Piece], rows: Sequence[Row]) -> list[list[Score]]:
         """Each request's scores; says what it took."""
-        report_usage(tokens=sum(len(piece.encoding.ids) for piece in pieces))
+        report_usage(tokens=_tokens(piece.encoding for piece in pieces))
         self._report_truncated(pieces)
         best, index = self._best(pieces, rows), count()
         return [[best[text] for text in islice(index, len(texts)) if text in best] for _, texts in requests]
@@ -427,6 +426,11 @@ class LocalBackend(Backend):
         if key not in self._reported:
             self._reported.add(key)
             logger.warning("%s: %s", self.name, message)
+
+
+def _tokens(encodings: Iterable[Encoding]) -> int:
+    """How many tokens some pairs have together."""
+    return sum(len(encoding.ids) for encoding in encodings)
 
 
 def _about(piece: _Piece) -> dict[str, Any]:

@@ -755,17 +755,22 @@ class TestBackends:
         assert isinstance(found.pop(3), ZeroDivisionError)
         assert found == [[sigmoid(1), 0.5]] * 7
 
-    async def test_no_more_is_tokenised_than_there_is_room_for(self):
-        backend = Gold(max_waiting=4)
+    @pytest.mark.parametrize(
+        ("most", "calls", "count", "expected"),
+        [pytest.param(4, 6, 3, 3, id="large calls"), pytest.param(16, 40, 2, 9, id="small calls")],
+    )
+    async def test_no_more_is_tokenised_than_there_is_room_for(self, most, calls, count, expected):
+        backend = Gold(max_waiting=most)
         backend.warmup()
         backend._go.clear()
-        tasks = [asyncio.create_task(backend.ascore(f"{place}", ["gold"] * 3)) for place in range(6)]
+        tasks = [asyncio.create_task(backend.ascore(f"{place}", ["gold"] * count)) for place in range(calls)]
+        await asyncio.to_thread(waiting, backend._queue, expected)
         await asyncio.sleep(0.2)
         tokenised = len(backend._encoded) - 1
         backend._go.set()
 
-        assert await asyncio.gather(*tasks) == [[sigmoid(1)] * 3] * 6
-        assert tokenised == 3, "the largest, and beside it as many as reach 4 pairs"
+        assert await asyncio.gather(*tasks) == [[sigmoid(1)] * count] * calls
+        assert tokenised == expected, "the largest, and beside it as many as reach the room that there is"
 
     @pytest.mark.parametrize("awaited", [True, False])
     async def test_a_small_call_does_not_wait_for_room_behind_large_ones(self, awaited):
@@ -789,19 +794,6 @@ class TestBackends:
 
         assert await asyncio.gather(*tasks) == [[sigmoid(1)] * 20] * 4 + [[sigmoid(1)] * 2]
         assert tokenised == ["large 0", "large 1", "small"]
-
-    async def test_small_calls_wait_for_room_among_themselves(self):
-        backend = Gold(max_waiting=16)
-        backend.warmup()
-        backend._go.clear()
-        tasks = [asyncio.create_task(backend.ascore(f"{place}", ["gold"] * 2)) for place in range(40)]
-        await asyncio.to_thread(waiting, backend._queue, 9)
-        await asyncio.sleep(0.1)
-        tokenised = len(backend._encoded) - 1
-        backend._go.set()
-
-        assert await asyncio.gather(*tasks) == [[sigmoid(1)] * 2] * 40
-        assert tokenised == 9, "the largest, and beside it as many as reach 16 pairs"
 
     async def test_a_call_that_is_cancelled_while_it_waits_for_room_is_not_tokenised(self):
         backend = Gold(max_waiting=4)
