@@ -551,10 +551,13 @@ def test_a_set_smaller_than_a_group_is_learned_from(tiny_bert, tmp_path):
 
 
 def test_all_kinds_of_teachers_are_added_up(tiny_bert, tiny_embedding, pairs, tmp_path):
-    teacher = {"bm25": 1, "dense": 1, "embedded": 1}
+    teacher = {"bm25": 1, "dense": 1, f"embedded:{EMBEDDED_MODEL}": 1}
 
     train(tiny_bert, pairs, tmp_path, teacher=teacher, embedding=tiny_embedding, label_bonus=0)
 
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert f'"embedding": "{Path(tiny_embedding).name}"' in card
+    assert '"embedded:embedded": 1.0' in card, "a folder's name without its place on this machine"
     for group in groups_of(tmp_path):
         assert len(group.docs) == 4
         assert sum(group.targets) == pytest.approx(0, abs=1e-3)
@@ -900,6 +903,18 @@ def test_another_recipe_is_told_by_its_first_difference(options, difference, beg
         check_folder(read_recipe(recipe, **options), folder)
 
 
+def test_a_teacher_is_the_same_however_its_path_is_written(begun, tmp_path):
+    recipe, folder = begun
+    written = json.loads((folder / "recipe.json").read_text())
+    written["teacher"] = {f"cross-encoder:{os.path.realpath('base')}": 1.0}
+    (folder / "recipe.json").write_text(json.dumps(written))
+
+    for path in ("base", "./base", tmp_path / "base"):
+        check_folder(read_recipe(recipe, teacher={f"cross-encoder:{path}": 1}), folder)
+    with pytest.raises(ConfigurationError, match=r"teacher was \{'cross-encoder:/\S*/base': 1.0\}, and is \{\}"):
+        check_folder(recipe, folder)
+
+
 def test_a_recipe_of_a_later_version_is_refused(begun):
     recipe, folder = begun
     (folder / "recipe.json").write_text('{"base": "b", "sets": [{"path": "a"}], "colour": "red"}')
@@ -1184,11 +1199,15 @@ def test_a_list_is_no_recipe(tmp_path):
 def test_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
     monkeypatch.setenv("WHERE", "data")
     (tmp_path / "model").mkdir()
-    (tmp_path / "recipe.yaml").write_text("base: model\nsets: [{path: '${WHERE}/a'}, {path: a, synthetic: title}]\n")
+    (tmp_path / "recipe.yaml").write_text(
+        "base: model\nteacher: {bm25: 1, cross-encoder:model: 2, bge:BAAI/bge-reranker-base: 3}\n"
+        "sets: [{path: '${WHERE}/a'}, {path: a, synthetic: title}]\n"
+    )
 
     recipe = read_recipe(str(tmp_path / "recipe.yaml"), seed=3)
 
     assert (recipe.base, recipe.seed) == (str(tmp_path / "model"), 3)
+    assert recipe.teacher == {"bm25": 1, f"cross-encoder:{tmp_path / 'model'}": 2, "bge:BAAI/bge-reranker-base": 3}
     assert [(each.path, each.name) for each in recipe.sets] == [
         (tmp_path / "data/a", "a"),
         (tmp_path / "a", "a (title)"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -95,7 +95,8 @@ class Recipe(Strict):
 
     teacher: dict[str, float] = Field(default_factory=dict)
     """Whose scores to learn, with their weights: `bm25`, `dense` (the embedding), or any reranker, such as
-    `bge:BAAI/bge-reranker-v2-m3`. Each is standardised within a group, then added up. Empty learns the labels alone."""
+    `bge:BAAI/bge-reranker-v2-m3` or `cross-encoder:my-folder`. Each is standardised within a group, then added up.
+    Empty learns the labels alone."""
 
     label_bonus: float = Field(default=2.0, ge=0)
     """What a label is worth beside the teachers, in their standard deviations, for the highest grade."""
@@ -154,7 +155,7 @@ def read_recipe(spec: Recipe | Path | str | Mapping[str, Any], /, **options: Any
     """A recipe from an object, a mapping or a YAML file; `${VAR}` in a string is an environment variable.
 
     Args:
-        spec: The recipe. Paths of sets in a file are relative to the file.
+        spec: The recipe. Paths of sets, base and teachers in a file are relative to the file.
         options: Options that come before the recipe's own.
 
     Raises:
@@ -173,7 +174,8 @@ def read_recipe(spec: Recipe | Path | str | Mapping[str, Any], /, **options: Any
     recipe: Recipe = validated("training recipe", Recipe, merged)
     _refuse_namesakes(recipe)
     placed = tuple(each.model_copy(update={"path": folder / each.path.expanduser()}) for each in recipe.sets)
-    return recipe.model_copy(update={"sets": placed, "base": _placed(folder, recipe.base)})
+    taught = teachers(recipe, lambda model: _placed(folder, model))
+    return recipe.model_copy(update={"sets": placed, "base": _placed(folder, recipe.base), "teacher": taught})
 
 
 def _refuse_unknown(merged: Mapping[str, Any]) -> None:
@@ -192,6 +194,15 @@ def _refuse_namesakes(recipe: Recipe) -> None:
             raise ConfigurationError(f"{names.count(name)} sets are called {name!r}; give each its own name=")
 
 
-def _placed(folder: Path, base: str) -> str:
-    """A base that is a folder beside the file, as such; else the name as it stands."""
-    return str(folder / base) if (folder / base).is_dir() else base
+def teachers(recipe: Recipe, placed: Callable[[str], str]) -> dict[str, float]:
+    """The recipe's teachers, each `backend:model` among them with its model where `placed` says that it is."""
+    split = {name: name.partition(":") for name in recipe.teacher}
+    return {
+        f"{backend}:{placed(model)}" if model else name: recipe.teacher[name]
+        for name, (backend, _, model) in split.items()
+    }
+
+
+def _placed(folder: Path, model: str) -> str:
+    """A model that is a folder beside the file, as such; else the name as it stands."""
+    return str(folder / model) if (folder / model).is_dir() else model
