@@ -144,7 +144,7 @@ def read_yaml(path: Path) -> dict[str, Any] | list[Any]:
 
 
 def expand(value: Any) -> Any:
-    """The value with each `${VAR}` in its strings replaced, at any depth.
+    """The value with each `${VAR}` in its strings replaced, at any depth, in keys too.
 
     Raises:
         ConfigurationError: The environment has no such variable.
@@ -152,7 +152,7 @@ def expand(value: Any) -> Any:
     if isinstance(value, str):
         return _VARIABLE.sub(lambda match: _variable(match.group(1)), value)
     if isinstance(value, Mapping):
-        return {key: expand(item) for key, item in value.items()}
+        return {expand(key): expand(item) for key, item in value.items()}
     return [expand(item) for item in value] if isinstance(value, list) else value
 
 

@@ -1198,15 +1198,16 @@ def test_a_list_is_no_recipe(tmp_path):
 
 def test_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
     monkeypatch.setenv("WHERE", "data")
+    monkeypatch.setenv("KIND", "model")
     (tmp_path / "model").mkdir()
     (tmp_path / "recipe.yaml").write_text(
-        "base: model\nteacher: {bm25: 1, cross-encoder:model: 2, bge:BAAI/bge-reranker-base: 3}\n"
+        "base: model\nembedding: model\nteacher: {bm25: 1, 'cross-encoder:${KIND}': 2, bge:BAAI/bge-reranker-base: 3}\n"
         "sets: [{path: '${WHERE}/a'}, {path: a, synthetic: title}]\n"
     )
 
     recipe = read_recipe(str(tmp_path / "recipe.yaml"), seed=3)
 
-    assert (recipe.base, recipe.seed) == (str(tmp_path / "model"), 3)
+    assert (recipe.base, recipe.embedding, recipe.seed) == (str(tmp_path / "model"), str(tmp_path / "model"), 3)
     assert recipe.teacher == {"bm25": 1, f"cross-encoder:{tmp_path / 'model'}": 2, "bge:BAAI/bge-reranker-base": 3}
     assert [(each.path, each.name) for each in recipe.sets] == [
         (tmp_path / "data/a", "a"),

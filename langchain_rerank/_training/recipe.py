@@ -155,7 +155,7 @@ def read_recipe(spec: Recipe | Path | str | Mapping[str, Any], /, **options: Any
     """A recipe from an object, a mapping or a YAML file; `${VAR}` in a string is an environment variable.
 
     Args:
-        spec: The recipe. Paths of sets, base and teachers in a file are relative to the file.
+        spec: The recipe. Paths of sets, base, embedding and teachers in a file are relative to the file.
         options: Options that come before the recipe's own.
 
     Raises:
@@ -174,8 +174,7 @@ def read_recipe(spec: Recipe | Path | str | Mapping[str, Any], /, **options: Any
     recipe: Recipe = validated("training recipe", Recipe, merged)
     _refuse_namesakes(recipe)
     placed = tuple(each.model_copy(update={"path": folder / each.path.expanduser()}) for each in recipe.sets)
-    taught = _teachers(recipe, lambda model: _placed(folder, model))
-    return recipe.model_copy(update={"sets": placed, "base": _placed(folder, recipe.base), "teacher": taught})
+    return with_models(recipe, lambda model: _placed(folder, model)).model_copy(update={"sets": placed})
 
 
 def _refuse_unknown(merged: Mapping[str, Any]) -> None:
