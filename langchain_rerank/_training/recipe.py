@@ -62,7 +62,7 @@ class Recipe(Strict):
 
     Source of the defaults: Nogueira and Cho, 2019 (https://arxiv.org/abs/1901.04085) for the model, Cao et al., 2007
     (ListNet, https://doi.org/10.1145/1273496.1273513) for the loss over a group, and what was measured for the
-    embedded model (docs/training.md).
+    embedded model (docs/embedded-model.md).
     """
 
     base: str
