@@ -512,6 +512,26 @@ def test_what_repeats_the_answer_is_no_negative():
     assert numbers(another) == ["1", "0", "2"]
 
 
+@pytest.mark.parametrize(
+    ("margin", "answers", "negatives"),
+    [
+        (None, {"0": 1}, ["1", "2", "3", "4"]),
+        (0.0, {"0": 1}, ["2", "3", "4"]),
+        (0.05, {"0": 1}, ["3", "4"]),
+        (0.05, {"5": 1}, ["0", "4"]),  # not found, so it counts as 0.7, the last find
+        (0.05, {"0": 1, "5": 2}, ["3", "4"]),
+    ],
+)
+def test_what_the_embedding_finds_as_near_as_an_answer_is_no_negative(margin, answers, negatives):
+    stages = {
+        "bm25": {"2": 4.0, "1": 3.0, "4": 2.0, "0": 1.0},
+        "dense": {"1": 0.9, "2": 0.79, "3": 0.7} | ({"0": 0.8} if "0" in answers else {}),
+    }
+    group = made({"relative_margin": margin}, CORPUS, answers, **stages)
+
+    assert sorted(set(numbers(group)) - answers.keys()) == negatives
+
+
 def test_a_candidate_that_the_teacher_likes_better_is_doubtful_and_not_wrong():
     group = made({"teacher": {"bm25": 1}}, CORPUS, {"0": 1, "4": 0}, bm25={"2": 9.0, "0": 5.0, "4": 8.0, "3": 1.0})
     relevance = dict(zip(group.docs, group.relevance, strict=True))
@@ -1216,11 +1236,26 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
     assert read_recipe(recipe) == recipe
 
 
+def test_paths_given_beside_a_file_are_relative_to_where_one_is(tmp_path, monkeypatch):
+    for folder in ("there/model", "here/model"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "there/recipe.yaml").write_text("base: model\nembedding: model\nsets: [{path: a}]\n")
+    monkeypatch.chdir(tmp_path / "here")
+    given = {"base": "model", "teacher": {"cross-encoder:model": 1}, "sets": [{"path": "a"}]}
+
+    recipe = read_recipe("../there/recipe.yaml", **given)
+
+    assert (recipe.base, recipe.teacher) == ("model", {"cross-encoder:model": 1})
+    assert recipe.sets[0].path == Path("a")
+    assert recipe.embedding == "../there/model"
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
         ({"teacher": {"bm52": 1}}, r"Unknown teacher 'bm52'\. Did you mean 'bm25'\? There are bm25, dense, bge"),
         ({"teacher": {"dense": 1}}, "The teacher 'dense' is the embedding's ranking, and the recipe has no embedding"),
+        ({"relative_margin": 0.1}, "relative_margin compares the embedding's scores, and the recipe has no embedding"),
         ({"device": "quantum"}, "device 'quantum' cannot be used here"),
         ({"device": "cuda:1"}, "device 'cuda:1': .* set CUDA_VISIBLE_DEVICES=1 and device='cuda'"),
     ],

@@ -157,10 +157,23 @@ class GroupMaker:
         return taken + self._random.sample(easier, min(len(easier), wanted - few))
 
     def _unjudged(self, corpus: Mapping[str, str], grades: Mapping[str, int], candidates: Candidates) -> list[str]:
-        """The candidates that nobody judged and that repeat no right answer, best first."""
-        right = [corpus[key] for key, grade in grades.items() if grade > 0]
-        order = [key for key in self._fused_order(candidates) if key not in grades]
-        return [key for key in order if not any(self._repeats(answer, corpus[key]) for answer in right)]
+        """The candidates that nobody judged, that repeat no right answer and that are likely to be none, best first."""
+        right = [key for key, grade in grades.items() if grade > 0]
+        left_out = {*grades, *self._too_near(right, candidates)}
+        order = [key for key in self._fused_order(candidates) if key not in left_out]
+        return [key for key in order if not any(self._repeats(corpus[answer], corpus[key]) for answer in right)]
+
+    def _too_near(self, right: Sequence[str], candidates: Candidates) -> list[str]:
+        """What the embedding finds as near to the query as a right answer, less the margin.
+
+        A right answer that the dense stage did not find counts as its last find, which is nearer than it.
+        """
+        if self._recipe.relative_margin is None:
+            return []
+        scores = candidates.stages["dense"]
+        nearest = max(_filled(scores, right))
+        most = nearest - abs(nearest) * self._recipe.relative_margin
+        return [key for key, score in scores.items() if score > most]
 
     def _fused_order(self, candidates: Candidates) -> list[str]:
         """All candidates, best first by the sum of the standardised scores of the first stages."""

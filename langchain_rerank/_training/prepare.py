@@ -232,6 +232,8 @@ def _teachers(recipe: Recipe) -> dict[str, Backend]:
             )
     if "dense" in recipe.teacher and recipe.embedding is None:
         raise ConfigurationError("The teacher 'dense' is the embedding's ranking, and the recipe has no embedding")
+    if recipe.relative_margin is not None and recipe.embedding is None:
+        raise ConfigurationError("relative_margin compares the embedding's scores, and the recipe has no embedding")
     return {name: init_reranker(name).backend for name in recipe.teacher if name not in FIRST_STAGES}
 
 

@@ -104,6 +104,11 @@ class Recipe(Strict):
     near_duplicate: float = Field(default=0.8, gt=0, le=1)
     """A candidate that is so similar to a right answer (Jaccard, word shingles) is no negative."""
 
+    relative_margin: float | None = Field(default=None, ge=0, lt=1)
+    """A candidate is no negative either where the embedding finds it nearer to the query than the nearest right answer
+    less this share of it, since it may be an answer that nobody labelled; 0.05 is usual. `None` takes all.
+    Source: Moreira et al., 2024 (NV-Retriever), https://arxiv.org/abs/2407.15831"""
+
     listwise: float = Field(default=1.0, ge=0)
     """Weight of the cross-entropy between the group's softmax of targets and of logits."""
 
@@ -156,7 +161,7 @@ def read_recipe(spec: Recipe | Path | str | Mapping[str, Any], /, **options: Any
 
     Args:
         spec: The recipe. Paths of sets, base, embedding and teachers in a file are relative to the file.
-        options: Options that come before the recipe's own.
+        options: Options that come before the recipe's own. Their paths are relative to the working directory.
 
     Raises:
         ConfigurationError: The file is not there, or an option is unknown or wrong; the message names the nearest.
@@ -173,8 +178,8 @@ def read_recipe(spec: Recipe | Path | str | Mapping[str, Any], /, **options: Any
     _refuse_unknown(merged)
     recipe: Recipe = validated("training recipe", Recipe, merged)
     _refuse_namesakes(recipe)
-    placed = tuple(each.model_copy(update={"path": folder / each.path.expanduser()}) for each in recipe.sets)
-    return with_models(recipe, lambda model: _placed(folder, model)).model_copy(update={"sets": placed})
+    given = _in(Path(), recipe)
+    return _in(folder, recipe).model_copy(update={name: getattr(given, name) for name in options})
 
 
 def _refuse_unknown(merged: Mapping[str, Any]) -> None:
@@ -209,6 +214,12 @@ def _teachers(recipe: Recipe, named: Callable[[str], str]) -> dict[str, float]:
     return found
 
 
+def _in(folder: Path, recipe: Recipe) -> Recipe:
+    """The recipe with its relative paths as from a folder."""
+    sets = tuple(each.model_copy(update={"path": folder / each.path.expanduser()}) for each in recipe.sets)
+    return with_models(recipe, lambda model: _placed(folder, model)).model_copy(update={"sets": sets})
+
+
 def _placed(folder: Path, model: str) -> str:
-    """A model that is a folder beside the file, as such; else the name as it stands."""
+    """A model that is a folder in there, as such; else the name as it stands."""
     return str(folder / model) if (folder / model).is_dir() else model
