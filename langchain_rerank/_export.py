@@ -43,12 +43,28 @@ _SMALL = 4096
 _MATRIX = 2
 """Dimensions of a matrix."""
 
+_ABOUT_EXPORT = """
+
+## This export
+
+`model.onnx` here is the model above, with its weights stored in {dtype}. It needs no torch:
+
+```python
+from langchain_rerank import init_reranker
+
+reranker = init_reranker("embedded:{name}")  # the path of this folder
+```
+"""
+"""What stands at the end of the source's card."""
+
 _SHAPES = ((2, 24), (1, 5), (3, 61))
 """Pairs and tokens of the batches on which graph and model are compared; the first is traced."""
 
 
 def export(source: Path | str, target: Path | str, *, dtype: Stored = "float16") -> None:
     """Write `model.onnx`, `tokenizer.json` and `config.json`, once the graph has given the logits that torch gives.
+
+    The source's card, `README.md`, goes along if it has one: data, licences and figures belong to what is shipped.
 
     Args:
         source: A folder with `config.json`, `model.safetensors` and `tokenizer.json`; a sequence-classification model
@@ -58,7 +74,7 @@ def export(source: Path | str, target: Path | str, *, dtype: Stored = "float16")
             with those of torch with the same rounded weights.
 
     Raises:
-        ConfigurationError: The dtype is unknown.
+        ConfigurationError: The dtype is unknown, or the target is the source or a file.
         MissingDependencyError: torch, transformers or onnxscript is not installed.
         ModelLoadError: There is no such model, it has more than one label, or the graph computes something else.
     """
@@ -68,6 +84,7 @@ def export(source: Path | str, target: Path | str, *, dtype: Stored = "float16")
     if dtype not in ("float32", "float16", "int8"):
         raise ConfigurationError(f"dtype {dtype!r} cannot be stored; there are float32, float16 and int8")
     source, target = Path(source), Path(target)
+    _check_target(source, target)
     model = _load(source, dtype)
     batches = [_example(model, pairs, tokens) for pairs, tokens in _SHAPES]
     expected = [model(**batch).logits.numpy() for batch in batches]
@@ -87,6 +104,16 @@ def export(source: Path | str, target: Path | str, *, dtype: Stored = "float16")
     (target / "model.onnx").write_bytes(content)
     shutil.copyfile(source / "config.json", target / "config.json")
     _export_tokenizer(source / "tokenizer.json", target / "tokenizer.json", model.config.pad_token_id)
+    if (source / "README.md").is_file():
+        card = (source / "README.md").read_text(encoding="utf-8").rstrip()
+        (target / "README.md").write_text(card + _ABOUT_EXPORT.format(dtype=dtype, name=target.name), encoding="utf-8")
+
+
+def _check_target(source: Path, target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise ConfigurationError(f"{target} is a file; an export writes a folder")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ConfigurationError(f"{target} is what is to be exported; choose another folder for its export")
 
 
 def _load(source: Path, dtype: Stored) -> Any:

@@ -265,7 +265,7 @@ def train(
         progress = sys.stderr.isatty()
         with logged(bars=progress):
             report = train_reranker(settled, output, progress=progress)
-        print_report(standard_output(), report)
+        print_report(standard_output(), report, settled)
 
 
 @app.command()

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from langchain_core.language_models import BaseChatModel
@@ -19,7 +20,6 @@ require(*NEEDED, extra="train")
 from langchain_rerank._export import export as export_reranker
 from langchain_rerank._training.base import place_base
 from langchain_rerank._training.fit import (
-    bars,
     check_base,
     choose_device,
     copied_weights,
@@ -40,6 +40,7 @@ from langchain_rerank._training.report import (
     read_report,
     write_report,
 )
+from langchain_rerank.backends._torch import _no_bars
 from langchain_rerank.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,8 @@ def train_reranker(
 
     Raises:
         ConfigurationError: The recipe cannot be right, its data cannot be read or teach nothing, or the folder holds a
-            training by another recipe or on data that changed since.
+            training by another recipe or on data that changed since, or files of no training that this one would
+            overwrite.
         ModelLoadError: The base, the embedding or a teacher cannot be loaded.
         BackendError: A teacher or the chat model failed.
         KeyboardInterrupt: Ctrl-C; what is done is kept.
@@ -109,10 +111,10 @@ def train_reranker(
 
 def _trained(settled: Recipe, folder: Path, *, llm: BaseChatModel | None, progress: bool) -> TrainingReport:
     """The way from the sets to the report."""
-    with bars(shown=progress):
-        base_folder = place_base(settled.base, folder / "base")
+    with _no_bars(), TemporaryDirectory(prefix="langchain-rerank-", ignore_cleanup_errors=True) as unpacked:
+        base_folder = place_base(settled.base, Path(unpacked))
         choose_device(settled)  # what cannot be is said before the long search
-        check_base(base_folder, settled.max_length)
+        check_base(base_folder, settled)
         _check_mixture(settled, base_folder)
         prepared = prepare(settled, folder, llm=llm, progress=progress)
         questions = prepared.questions

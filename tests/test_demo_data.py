@@ -110,6 +110,14 @@ def test_a_collection_is_read_title_first(tmp_path):
     )
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    expected = read_beir(beir(tmp_path))
+    for path in tmp_path.rglob("*.*"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+    assert read_beir(tmp_path) == expected
+
+
 def test_a_gzipped_corpus_and_the_places_of_the_beir_archives_are_read_too(tmp_path):
     expected = read_beir(beir(tmp_path))
     for name in ("corpus.jsonl", "queries.jsonl"):

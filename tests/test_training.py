@@ -1,9 +1,12 @@
 """Training: from pairs to groups, to a model that both ways of loading take, with mistakes on the way."""
 
 import dataclasses
+import io
 import json
 import logging
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +24,7 @@ import yaml
 from langchain_core.language_models import SimpleChatModel
 from onnx import numpy_helper
 from pydantic import PrivateAttr
+from rich.console import Console
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
@@ -42,8 +46,8 @@ from transformers import (
 from typer.testing import CliRunner
 
 from langchain_rerank import init_reranker
-from langchain_rerank._cli.training import logged
-from langchain_rerank._training.asking import make_llm
+from langchain_rerank._cli.training import logged, print_report
+from langchain_rerank._training.asking import Asker, make_llm
 from langchain_rerank._training.base import place_base
 from langchain_rerank._training.embedding import Encoder
 from langchain_rerank._training.fit import (
@@ -63,7 +67,7 @@ from langchain_rerank.backends.embedded import EmbeddedBackend
 from langchain_rerank.cli import app
 from langchain_rerank.data import EMBEDDED_MODEL, Collection
 from langchain_rerank.errors import BackendError, ConfigurationError, MissingDependencyError, ModelLoadError
-from langchain_rerank.training import Recipe, SetOptions, export_reranker, read_recipe, train_reranker
+from langchain_rerank.training import Ranking, Recipe, SetOptions, export_reranker, read_recipe, train_reranker
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "training" / "embedded.yaml"
@@ -162,6 +166,13 @@ def test_pairs_become_a_collection_in_which_each_text_stands_once(tmp_path):
         "red?": {"Mars": 1, "Venus": 0, "Jupiter": 0, "Betelgeuse": 2},
         "hot?": {"Venus": 1, "Mercury": 1},
     }
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    marked = tmp_path / "pairs.jsonl"
+    marked.write_text('{"query": "Which?", "positive": "This."}\n', encoding="utf-8-sig")
+
+    assert read_set(SetOptions(path=marked), seed=0).collection.queries == {"0": "Which?"}
 
 
 def test_a_beir_folder_is_read_with_its_licence_and_without_empty_texts(tmp_path):
@@ -419,6 +430,17 @@ def test_what_an_llm_said_is_not_asked_for_again(tiny_bert, articles, tmp_path):
     train_reranker(recipe, tmp_path, llm=rich, progress=False)
 
     assert len(rich._asked) == 20 - 8
+
+
+def test_a_question_that_was_half_written_is_asked_for_again(tmp_path):
+    passages, kept = ["the first passage", "the second passage"], tmp_path / "questions.jsonl"
+    said = Asker(Questioner, kept)(passages)
+    kept.write_bytes(kept.read_bytes()[:-9])
+    again = Questioner()
+
+    assert Asker(lambda: again, kept)(passages) == said
+    assert len(again._asked) == 1
+    assert Asker(None, kept)(passages) == said
 
 
 def test_an_llm_is_made_from_its_name_as_langchain_does():
@@ -714,7 +736,9 @@ def test_the_card_says_all_there_is_to_know(trained):
 
     assert "trained from `" in card
     assert "| pairs | 32 | the set's own | not stated |" in card
-    assert "8 queries that were not trained on: 8 of pairs." in card
+    assert "for 8 held-out queries, which were not trained on: 8 of pairs." in card
+    assert "read at most 256 tokens" in card
+    assert re.search(r"in \d+ seconds \(", card)
     for row in trained.rows():
         assert f"| {' | '.join(row)} |" in card
     assert f"nDCG@10 against BM25: {trained.difference(trained.first_stage)}." in card
@@ -869,6 +893,35 @@ def test_a_folder_of_another_recipe_is_refused(trained, tiny_bert, pairs):
         train(tiny_bert, pairs, trained.folder, seed=7)
 
 
+@pytest.mark.parametrize("name", ["config.json", "README.md", "checkpoints"])
+def test_nothing_of_somebody_elses_is_overwritten(name, tiny_bert, pairs, tmp_path):
+    (tmp_path / name).mkdir()
+
+    with pytest.raises(ConfigurationError, match=rf"holds {name}, which is of no training and would be overwritten"):
+        train(tiny_bert, pairs, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_base_is_not_trained_in_place(tiny_bert, pairs, tmp_path):
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "base"))
+    weights = (folder / "model.safetensors").read_bytes()
+
+    with pytest.raises(ConfigurationError, match=r"base holds config\.json, which is of no training"):
+        train(str(folder), pairs, folder)
+    assert (folder / "model.safetensors").read_bytes() == weights
+
+
+def test_a_file_is_no_folder_to_train_into(tiny_bert, pairs):
+    with pytest.raises(ConfigurationError, match=r"pairs\.jsonl is a file; a training writes a folder"):
+        train(tiny_bert, pairs, pairs)
+
+
+def test_data_beside_the_model_are_in_nobodys_way(tiny_bert, pairs, tmp_path):
+    shutil.copy(pairs, tmp_path)
+
+    assert train(tiny_bert, tmp_path / "pairs.jsonl", tmp_path).groups == 32
+
+
 @pytest.fixture
 def begun(pairs, tmp_path, monkeypatch):
     """A training of a copy of the pairs, called by relative paths, that has found its negatives: recipe and folder."""
@@ -996,7 +1049,10 @@ def test_bars_are_shown_on_standard_error_alone(tiny_bert, pairs, tmp_path, caps
     shown = capsys.readouterr()
 
     assert shown.out == ""
+    assert "Training: 100%" in shown.err
     assert "8/8" in shown.err
+    assert "Loading weights" not in shown.err
+    assert "model shards" not in shown.err
 
 
 # Bases ----------------------------------------------------------------------------------------------------------------
@@ -1159,6 +1215,7 @@ def test_a_base_that_cannot_rank_is_refused_before_anything_is_done(tiny_bert, t
         (tiny_t5, "is a T5ForConditionalGeneration, a model that writes text, such as monoT5's"),
         (tiny_gemma, "is a GemmaForCausalLM, a model that writes text"),
         (str(tmp_path / "nowhere"), "nowhere' cannot be loaded"),
+        ("embeded", r"'embeded' cannot be loaded: .* Did you mean 'embedded'\?"),
     ]:
         with pytest.raises(ModelLoadError, match=problem):
             train(base, pairs, tmp_path / "out")
@@ -1169,9 +1226,10 @@ def test_a_base_that_cannot_rank_is_refused_before_anything_is_done(tiny_bert, t
 def test_more_tokens_than_the_base_has_positions_for_are_refused(base, request):
     folder = request.getfixturevalue(base)
 
-    check_base(folder, 512)
-    with pytest.raises(ModelLoadError, match=r"max_length=513, but .* has positions for 512 tokens; lower it"):
-        check_base(folder, 513)
+    recipe = Recipe(base="the name given", sets=["a"], max_length=512)
+    check_base(folder, recipe)
+    with pytest.raises(ModelLoadError, match="max_length=513, but 'the name given' has positions for 512 tokens"):
+        check_base(folder, recipe.model_copy(update={"max_length": 513}))
 
 
 # Use ------------------------------------------------------------------------------------------------------------------
@@ -1190,6 +1248,31 @@ def test_the_folder_loads_and_scores_the_same_after_the_export(learn, tmp_path):
     assert with_torch.score(query, TEXTS) == pytest.approx(without.score(query, TEXTS), abs=1e-4)
 
 
+def test_the_card_goes_along_with_an_export(trained, tmp_path):
+    export_reranker(trained.folder, tmp_path / "small", dtype="int8")
+    card = (tmp_path / "small/README.md").read_text("utf-8")
+
+    assert card.startswith((trained.folder / "README.md").read_text("utf-8").rstrip())
+    assert "its weights stored in int8" in card
+    assert 'init_reranker("embedded:small")' in card
+
+
+def test_an_export_does_not_write_over_what_it_reads(trained, pairs):
+    before = {path.name: path.stat().st_mtime_ns for path in trained.folder.iterdir()}
+
+    with pytest.raises(ConfigurationError, match="is what is to be exported; choose another folder for its export"):
+        export_reranker(trained.folder, trained.folder / "../" / trained.folder.name)
+    with pytest.raises(ConfigurationError, match=r"pairs\.jsonl is a file; an export writes a folder"):
+        export_reranker(trained.folder, pairs)
+    assert {path.name: path.stat().st_mtime_ns for path in trained.folder.iterdir()} == before
+
+
+def test_whoever_reads_the_config_reads_the_weights(trained):
+    modes = {name: (trained.folder / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 # Recipes --------------------------------------------------------------------------------------------------------------
 
 
@@ -1202,11 +1285,28 @@ def test_the_folder_loads_and_scores_the_same_after_the_export(learn, tmp_path):
         ({"seed": "a"}, "training recipe: seed: Input should be a valid integer"),
         ({"sets": [{"path": "a/x.jsonl"}, {"path": "b/x"}]}, "2 sets are called 'x'; give each its own name="),
         ({"base": None}, "training recipe: base: Input should be a valid string"),
+        ({"teacher": {"bm25": -1}}, r"training recipe: teacher\.bm25: Input should be greater than 0"),
+        ({"teacher": {"bm25": math.nan}}, r"training recipe: teacher\.bm25: Input should be"),
     ],
 )
 def test_a_recipe_that_cannot_be_right_says_why(options, problem):
     with pytest.raises(ConfigurationError, match=problem):
         read_recipe({"base": "b", "sets": [{"path": "a"}], **options})
+
+
+def test_a_recipe_is_short_where_the_defaults_will_do(tmp_path):
+    recipe = read_recipe({"sets": [str(tmp_path / "a.jsonl"), tmp_path / "b"]})
+
+    assert recipe.base == "embedded"
+    assert [(each.name, each.path) for each in recipe.sets] == [("a", tmp_path / "a.jsonl"), ("b", tmp_path / "b")]
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "folder"])
+def test_data_are_no_recipe(name, tmp_path):
+    (tmp_path / "folder").mkdir()
+
+    with pytest.raises(ConfigurationError, match=rf"{name} is data, and no recipe; .* as in sets: \[.*{name}\]"):
+        read_recipe(tmp_path / name)
 
 
 def test_a_list_is_no_recipe(tmp_path):
@@ -1288,8 +1388,27 @@ def test_queries_that_come_next_are_embedded_together(tiny_embedding, monkeypatc
 
 
 def test_an_embedding_that_is_not_there_is_refused(tiny_bert, pairs, tmp_path):
-    with pytest.raises(ModelLoadError, match="nowhere' cannot be loaded"):
-        train(tiny_bert, pairs, tmp_path, embedding=str(tmp_path / "nowhere"))
+    with pytest.raises(ModelLoadError, match=r"The embedding '.*nowhere' cannot be loaded"):
+        train(tiny_bert, pairs, tmp_path / "out", embedding=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_there_is_found_out_before_an_llm_is_asked(tiny_bert, articles, tmp_path):
+    llm = Questioner()
+    sets, teacher = [{"path": articles, "synthetic": "llm"}], {"cross-encoder:no/no": 1}
+    recipe = {"base": tiny_bert, "sets": sets, "teacher": teacher}
+
+    with pytest.raises(ModelLoadError, match="no/no"):
+        train_reranker(recipe, tmp_path / "out", llm=llm, progress=False)
+    assert llm._asked == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_leaves_no_folder_behind_that_refuses_the_mended_recipe(learn, tmp_path):
+    with pytest.raises(ConfigurationError, match="layers=9: BertForSequenceClassification has 2"):
+        learn(tmp_path / "out", layers=9)
+
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
@@ -1327,6 +1446,7 @@ def test_train_and_export_make_a_model_that_rank_takes(tiny_bert, pairs, tmp_pat
     assert "nDCG@10 against BM25: " in done.stdout
     assert f"Use it:         --backend cross-encoder:{tmp_path / 'out'}" in done.stdout
     assert "Step 5 of 8: loss" in done.stderr
+    assert "Made the collection" not in done.stderr
     assert f"Use it: --backend embedded:{tmp_path / 'onnx'}" in exported.stdout
     assert len(ranked.stdout.splitlines()) == 2
     assert json.loads((tmp_path / "out/recipe.json").read_text())["teacher"] == {"bm25": 0.5}
@@ -1338,6 +1458,19 @@ def test_on_a_terminal_the_log_says_what_no_bar_does(trained, learn, capsys):
         logging.getLogger("langchain_rerank._training.fit").info("Step 1 of 8")
 
     assert capsys.readouterr().err == f"{trained.folder} was trained by this recipe already; this is its report\n"
+
+
+def test_the_report_says_that_queries_are_few_and_that_a_model_ranks_worse(trained):
+    out = Console(file=io.StringIO(), width=120)
+    worse = {metric: dict.fromkeys(values, 0.0) for metric, values in trained.trained.scores.items()}
+    recipe = Recipe(sets=["pairs.jsonl"], max_length=64)
+
+    print_report(out, dataclasses.replace(trained, trained=Ranking(worse)), recipe)
+    shown = " ".join(out.file.getvalue().split())
+
+    assert "8 held-out queries (at most a fifth of a set, where the recipe has 200), " in shown
+    assert "read up to 64 tokens" in shown
+    assert re.search(r"nDCG@10 against BM25: -\d\.\d+, 95 % interval -\S+ to -\S+\. It ranks worse\.", shown)
 
 
 def test_a_recipe_on_the_command_line_gives_way_to_options(tiny_bert, pairs, tmp_path):

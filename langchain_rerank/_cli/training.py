@@ -39,25 +39,27 @@ def settle(
         return read_recipe(recipe, **given)
     if not data:
         raise ConfigurationError("Nothing to learn from: give DATA, or a recipe with --recipe")
-    return read_recipe({"base": "embedded", **given})
+    return read_recipe(given)
 
 
 @contextmanager
 def logged(*, bars: bool) -> Iterator[None]:
     """What the training has to say, on standard error, line by line; beside bars only how it ended."""
-    logger = logging.getLogger("langchain_rerank.training" if bars else "langchain_rerank")
+    names = ["langchain_rerank.training"] if bars else ["langchain_rerank.training", "langchain_rerank._training"]
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    before = [(each, each.level, each.propagate) for each in map(logging.getLogger, names)]
+    for logger, *_ in before:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
+        for logger, level, propagate in before:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 def _teacher(text: str) -> tuple[str, float]:
@@ -71,15 +73,19 @@ def _teacher(text: str) -> tuple[str, float]:
         raise ConfigurationError(f"--teacher {text!r}: {weight!r} is no number; write NAME or NAME=WEIGHT") from None
 
 
-def print_report(out: Console, report: TrainingReport) -> None:
+def print_report(out: Console, report: TrainingReport, recipe: Recipe) -> None:
     """The figures of the held-out queries, and what comes next."""
-    out.print(f"Learned from {report.groups} queries in {report.seconds / 60:.1f} minutes.")
+    from langchain_rerank._training.report import held_out, lasted
+
+    out.print(f"Learned from {report.groups} queries in {lasted(report.seconds)}.")
     if report.trained is not None:
-        out.print(f"{sum(report.sets.values())} held-out queries, {report.pairs} passages that BM25 found for them:")
+        out.print(f"{held_out(report, recipe)}, {report.pairs} passages that BM25 found for them,")
+        out.print(f"of which base and trained read up to {recipe.max_length} tokens, with the query:")
         out.print(_table(report))
         for name, before in (("BM25", report.first_stage), ("the base", report.base)):
             if (difference := report.difference(before)) is not None:
-                out.print(f"nDCG@10 against {name}: {difference}.")
+                worse = " It ranks worse." if difference.high < 0 else ""
+                out.print(f"nDCG@10 against {name}: {difference}.{worse}")
     folder = str(report.folder)
     out.print(f"\nModel and card: {folder}", soft_wrap=True, markup=False)
     out.print(f"Use it:         --backend cross-encoder:{folder}", soft_wrap=True, markup=False)

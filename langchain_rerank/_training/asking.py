@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,10 @@ class Asker:
 
     def _read(self) -> Iterator[tuple[str, str]]:
         if self._kept.is_file():
-            for line in self._kept.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                yield row["passage"], row["query"]
+            for line in self._kept.read_text(encoding="utf-8", errors="replace").split("\n"):
+                with suppress(ValueError):  # the last one, where the machine stopped; its passage is asked about again
+                    row = json.loads(line)
+                    yield row["passage"], row["query"]
 
     def _asked(self, llm: BaseChatModel, passages: Sequence[str]) -> dict[str, str]:
         prompts: list[Any] = [_PROMPT.format(passage=passage) for passage in passages]
@@ -73,7 +75,9 @@ class Asker:
         except Exception as error:  # a provider's package raises what it likes
             raise BackendError(f"The LLM failed: {error}. What it said so far is kept in {self._kept}") from error
         found = {self._key(passage): _question(answer) for passage, answer in zip(passages, answers, strict=True)}
+        broken = self._kept.is_file() and not self._kept.read_bytes().endswith(b"\n")
         with self._kept.open("a", encoding="utf-8") as file:
+            file.write("\n" if broken else "")
             for key, query in found.items():
                 file.write(json.dumps({"passage": key, "query": query}, ensure_ascii=False) + "\n")
         return found

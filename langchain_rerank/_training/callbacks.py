@@ -18,7 +18,13 @@ logger = logging.getLogger(__name__)
 
 
 class Bar(ProgressCallback):
-    """The trainer's bar, with the loss at its end; transformers' own prints it to standard output."""
+    """The trainer's bar, with a name and the loss at its end; transformers' own prints that to standard output."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the bar."""
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        if self.training_bar is not None:
+            self.training_bar.set_description("Training")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Show the loss."""

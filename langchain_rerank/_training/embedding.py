@@ -36,7 +36,7 @@ class Encoder(Embeddings):
                 model, device=str(chosen), model_kwargs={"dtype": pick_dtype("auto", chosen)}
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise ModelLoadError(f"{model!r} cannot be loaded: {' '.join(str(error).split())}") from error
+            raise ModelLoadError(f"The embedding {model!r} cannot be loaded: {' '.join(str(error).split())}") from error
         self._foreseen: dict[str, NDArray[np.float32]] = {}
 
     def foresee(self, queries: Iterable[str]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -18,16 +19,25 @@ from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTraine
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, EarlyStoppingCallback, PrinterCallback, ProgressCallback, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    set_seed,
+)
 
+from langchain_rerank._training.base import EMBEDDED
 from langchain_rerank._training.callbacks import Bar, Clock, Interruption
 from langchain_rerank._training.mining import Group
 from langchain_rerank._training.prepare import Question
 from langchain_rerank._training.recipe import Recipe
 from langchain_rerank.backends._engines_onnx import quiet
-from langchain_rerank.backends._torch import _no_bars, longest, pick_device, pick_dtype
+from langchain_rerank.backends._torch import longest, pick_device, pick_dtype
 from langchain_rerank.errors import ConfigurationError, ModelLoadError, RerankError
 from langchain_rerank.evaluation import score_run
+from langchain_rerank.factory import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -171,19 +181,21 @@ def _leave_dropout_out(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def check_base(base: str, max_length: int) -> None:
+def check_base(folder: str, recipe: Recipe) -> None:
     """Refuse what cannot become a cross-encoder, before anything is done.
 
     Args:
-        base: A folder or a name of transformers.
-        max_length: Most tokens of a pair that the model is to learn from, specials included.
+        folder: Where the recipe's base is, as `place_base` says.
+        recipe: Messages name the base as it does.
 
     Raises:
         ModelLoadError: There is no such model, it has several labels or no positions for so many tokens, or it writes
             text.
+        ConfigurationError: It cannot do with so few layers.
     """
-    with _loading(base):
-        config = AutoConfig.from_pretrained(base)
+    base = recipe.base
+    with _loading(base, nearest(base, [EMBEDDED])):
+        config = AutoConfig.from_pretrained(folder)
     kind = next(iter(config.architectures or ()), type(config).__name__)
     if getattr(config, "is_encoder_decoder", False) or "CausalLM" in kind:
         raise ModelLoadError(
@@ -193,8 +205,12 @@ def check_base(base: str, max_length: int) -> None:
     if _has_head(config) and config.num_labels != 1:
         raise ModelLoadError(f"{base!r} has {config.num_labels} labels; a reranker has one, the relevance")
     most = longest(config)
-    if most is not None and max_length > most:
-        raise ModelLoadError(f"max_length={max_length}, but {base!r} has positions for {most} tokens; lower it")
+    if most is not None and recipe.max_length > most:
+        raise ModelLoadError(f"max_length={recipe.max_length}, but {base!r} has positions for {most} tokens; lower it")
+    if recipe.layers is not None:
+        fresh: Any = AutoModelForSequenceClassification
+        with _loading(base), torch.device("meta"):  # only the shapes are wanted
+            keep_layers(fresh.from_config(config), recipe.layers)
 
 
 def has_head(base: str) -> bool:
@@ -208,13 +224,13 @@ def _has_head(config: Any) -> bool:
 
 
 @contextmanager
-def _loading(base: str) -> Iterator[None]:
+def _loading(base: str, hint: str = "") -> Iterator[None]:
     try:
         yield
     except RerankError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelLoadError(f"{base!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise ModelLoadError(f"{base!r} cannot be loaded: {' '.join(str(error).split())}{hint}") from error
 
 
 def keep_layers(model: Any, count: int) -> None:
@@ -344,18 +360,13 @@ def _last_checkpoint(folder: Path) -> str | None:
     return None if last is None else str(last.resolve())
 
 
-@contextmanager
-def bars(*, shown: bool) -> Iterator[None]:
-    """Let transformers show its own bars, or none of them."""
-    with nullcontext() if shown else _no_bars():
-        yield
-
-
 def save(model: CrossEncoder, folder: Path) -> None:
     """Write the model as transformers has it: `config.json`, `model.safetensors` and the tokenizer's files."""
     classifier: Any = model.model
     classifier.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):  # which are for their owner alone, whatever the umask says
+        shutil.copymode(folder / "config.json", weights)
 
 
 def _arguments(

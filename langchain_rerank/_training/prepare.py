@@ -43,6 +43,12 @@ _GROUPS, _HELD_OUT, _QUESTIONS, _RECIPE = "groups.jsonl", "held_out.jsonl", "que
 _DATA = "data.json"
 """The name of each set to the digest of its files; a folder of an earlier version has none."""
 
+_WRITTEN = (
+    *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "training.json"),
+    *(_GROUPS, _HELD_OUT, _DATA, "checkpoints"),
+)
+"""What a training writes into its folder, after its recipe."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -84,27 +90,34 @@ def prepare(recipe: Recipe, folder: Path, *, llm: BaseChatModel | None = None, p
         ConfigurationError: A set or a teacher cannot be used, or nothing is left to learn.
         BackendError: The chat model failed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     make = _llm(recipe, llm)
     ask = Asker(make, folder / _QUESTIONS, recipe.llm or "") if make else None
+    tools = None if (folder / _HELD_OUT).is_file() else _tools(recipe)  # before an LLM is asked and paid
+    folder.mkdir(parents=True, exist_ok=True)
     sets = [read_set(options, recipe.seed, ask) for options in recipe.sets]
-    if not (folder / _HELD_OUT).is_file():
-        groups, questions = _found(recipe, sets, progress=progress)
+    if tools is not None:
+        groups, questions = _found(recipe, sets, *tools, progress=progress)
         digests = {each.name: each.digest for each in sets}
-        (folder / _DATA).write_text(json.dumps(digests, indent=2), encoding="utf-8")
         (folder / _RECIPE).write_text(_settled(recipe).model_dump_json(indent=2), encoding="utf-8")
+        (folder / _DATA).write_text(json.dumps(digests, indent=2), encoding="utf-8")
         write_lines(folder / _GROUPS, groups)
         write_lines(folder / _HELD_OUT, questions)  # last: it says that both are there
     return Prepared(read_lines(folder / _GROUPS, Group), read_lines(folder / _HELD_OUT, Question), sets)
 
 
 def check_folder(recipe: Recipe, folder: Path) -> None:
-    """Refuse a folder in which another recipe has begun, or this one on other data.
+    """Refuse a folder in which another recipe has begun, or this one on other data, or that holds somebody's files.
 
     Raises:
-        ConfigurationError: It has, or a file of a set cannot be read.
+        ConfigurationError: It does, or a file of a set cannot be read.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(f"{folder} is a file; a training writes a folder")
     if not (folder / _RECIPE).is_file():
+        if lost := [name for name in _WRITTEN if (folder / name).exists()]:
+            raise ConfigurationError(
+                f"{folder} holds {lost[0]}, which is of no training and would be overwritten; choose another folder"
+            )
         return
     before, now = _options(_begun(folder / _RECIPE)), _options(recipe)
     if differing := [name for name in now if now[name] != before.get(name)]:
@@ -162,8 +175,18 @@ def _llm(recipe: Recipe, llm: BaseChatModel | None) -> Callable[[], BaseChatMode
     return None if name is None else lambda: make_llm(name)
 
 
-def _found(recipe: Recipe, sets: Sequence[TrainingSet], *, progress: bool) -> tuple[list[Group], list[Question]]:
-    embedding, make = _encoder(recipe), GroupMaker(recipe, _teachers(recipe))
+def _tools(recipe: Recipe) -> tuple[Encoder | None, GroupMaker]:
+    """What finds negatives beside BM25, and what makes groups of them; every model is loaded."""
+    teachers = _teachers(recipe)
+    embedding = _encoder(recipe)
+    for teacher in teachers.values():
+        teacher.warmup()
+    return embedding, GroupMaker(recipe, teachers)
+
+
+def _found(
+    recipe: Recipe, sets: Sequence[TrainingSet], embedding: Encoder | None, make: GroupMaker, *, progress: bool
+) -> tuple[list[Group], list[Question]]:
     held_out = _held_out(recipe, sets)
     groups: list[Group] = []
     questions: list[Question] = []

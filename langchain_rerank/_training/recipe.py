@@ -14,6 +14,10 @@ from langchain_rerank.factory import expand, read_yaml, refuse_unknown, validate
 Synthetic = Literal["title", "first_sentence", "llm"]
 
 
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""What a teacher counts beside the others."""
+
+
 class Strict(BaseModel):
     """Options that refuse what they do not know."""
 
@@ -51,6 +55,7 @@ class SetOptions(Strict):
     @model_validator(mode="before")
     @classmethod
     def _named(cls, options: Any) -> Any:
+        options = {"path": options} if isinstance(options, str | Path) else options
         if not isinstance(options, Mapping) or options.get("name") or not options.get("path"):
             return options
         stem, synthetic = Path(options["path"]).name.split(".")[0], options.get("synthetic")
@@ -65,12 +70,12 @@ class Recipe(Strict):
     embedded model (docs/embedded-model.md).
     """
 
-    base: str
+    base: str = "embedded"
     """A sequence-classification cross-encoder, or a plain encoder, which gets a fresh head: a folder or a name on the
     hub. `embedded` is the model in the package; a folder that was exported to ONNX will do as well."""
 
     sets: Annotated[tuple[SetOptions, ...], Field(min_length=1)]
-    """What to learn from."""
+    """What to learn from. A path alone will do for a set without other options."""
 
     llm: str | None = None
     """A chat model as LangChain's `init_chat_model` takes it, such as `openai:gpt-5-mini`: it makes up the queries
@@ -93,10 +98,10 @@ class Recipe(Strict):
     group_size: int = Field(default=8, ge=2)
     """Passages that are ranked against each other for one query in training."""
 
-    teacher: dict[str, float] = Field(default_factory=dict)
+    teacher: dict[str, Weight] = Field(default_factory=dict)
     """Whose scores to learn, with their weights: `bm25`, `dense` (the embedding), or any reranker, such as
     `bge:BAAI/bge-reranker-v2-m3` or `cross-encoder:my-folder`. Each is standardised within a group, then added up.
-    Empty learns the labels alone."""
+    Weights are above 0. Empty learns the labels alone."""
 
     label_bonus: float = Field(default=2.0, ge=0)
     """What a label is worth beside the teachers, in their standard deviations, for the highest grade."""
@@ -147,7 +152,8 @@ class Recipe(Strict):
     """A torch device; `None` takes CUDA if it is there, else the CPU."""
 
     held_out: int = Field(default=200, ge=0)
-    """Labelled queries that are never trained on: nDCG@10 on them chooses the best checkpoint and is reported."""
+    """Labelled queries that are never trained on: nDCG@10 on them chooses the best checkpoint and is reported. As many
+    of each labelled set, and at most a fifth of it."""
 
     evaluations: int = Field(default=4, ge=1)
     """How often the held-out queries are asked, at equal distances; each leaves a checkpoint to resume from."""
@@ -170,7 +176,7 @@ def read_recipe(spec: Recipe | Path | str | Mapping[str, Any], /, **options: Any
         spec = spec.model_dump(exclude_unset=True)
     folder = Path()
     if not isinstance(spec, Mapping):
-        folder, found = Path(spec).parent, read_yaml(Path(spec))
+        folder, found = Path(spec).parent, _read(Path(spec))
         if not isinstance(found, dict):
             raise ConfigurationError(f"{spec} holds a list; a training recipe is a mapping with base and sets")
         spec = found
@@ -180,6 +186,13 @@ def read_recipe(spec: Recipe | Path | str | Mapping[str, Any], /, **options: Any
     _refuse_namesakes(recipe)
     given = _in(Path(), recipe)
     return _in(folder, recipe).model_copy(update={name: getattr(given, name) for name in options})
+
+
+def _read(file: Path) -> dict[str, Any] | list[Any]:
+    """What a recipe's file holds."""
+    if file.is_dir() or file.suffix in (".jsonl", ".gz"):
+        raise ConfigurationError(f"{file} is data, and no recipe; a recipe has it among its sets, as in sets: [{file}]")
+    return read_yaml(file)
 
 
 def _refuse_unknown(merged: Mapping[str, Any]) -> None:

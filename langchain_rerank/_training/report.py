@@ -25,6 +25,8 @@ _MADE_BY = {
     "llm": "synthetic (written by an LLM)",
 }
 
+_MINUTE = 60
+
 _VERSIONS = ("langchain-rerank", "torch", "transformers", "sentence-transformers")
 
 
@@ -140,18 +142,30 @@ def _card(report: TrainingReport, recipe: Recipe, prepared: Prepared) -> str:
         "---\nlibrary_name: langchain-rerank\npipeline_tag: text-ranking\n---\n",
         f"# {report.folder.name}: a reranker\n",
         f"A cross-encoder with one logit, trained from `{told.base}` on {report.groups} queries",
-        f"in {report.seconds / 60:.0f} minutes ({platform.machine()}, {versions}).\n",
+        f"in {lasted(report.seconds)} ({platform.machine()}, {versions}).\n",
         "```python\nfrom langchain_rerank import init_reranker\n",
         f'reranker = init_reranker("cross-encoder:{report.folder.name}")  # the path of this folder',
         "```\n",
         "## Data\n",
         _data(recipe, prepared),
         "## Before and after\n",
-        _before_and_after(report),
+        _before_and_after(report, recipe),
         "## Settings\n",
         "```json\n" + json.dumps(settings, indent=1) + "\n```\n",
     ]
     return "\n".join(parts)
+
+
+def lasted(seconds: float) -> str:
+    """A time as one says it."""
+    return f"{seconds:.0f} seconds" if seconds < _MINUTE else f"{seconds / _MINUTE:.1f} minutes"
+
+
+def held_out(report: TrainingReport, recipe: Recipe) -> str:
+    """How many queries were held out, and why no more, if they are fewer than the recipe has."""
+    count = sum(report.sets.values())
+    why = "" if count >= recipe.held_out else f" (at most a fifth of a set, where the recipe has {recipe.held_out})"
+    return f"{count} held-out queries{why}"
 
 
 def _called(model: str) -> str:
@@ -175,14 +189,15 @@ def _limits(options: SetOptions) -> str:
     return ", ".join(f"{limit} {what}" for what, limit in limits.items() if limit is not None) or "all"
 
 
-def _before_and_after(report: TrainingReport) -> str:
+def _before_and_after(report: TrainingReport, recipe: Recipe) -> str:
     """The table of the held-out queries, with the paired intervals."""
     if report.trained is None:
         return "No query was held out, so nothing was measured.\n"
-    held_out = ", ".join(f"{count} of {name}" for name, count in report.sets.items())
+    sets = ", ".join(f"{count} of {name}" for name, count in report.sets.items())
     lines = [
-        f"The candidates are BM25's, of {sum(report.sets.values())} queries that were not trained on: {held_out}.",
-        "They chose the checkpoint too, and come from the sets that were trained on: other data will see less gain.\n",
+        f"The candidates are BM25's, for {held_out(report, recipe)}, which were not trained on: {sets}.",
+        "They chose the checkpoint too, and come from the sets that were trained on: other data will see less gain.",
+        f"Base and trained read at most {recipe.max_length} tokens of query and passage.\n",
         "| | BM25 | base | trained |",
         "|---|---|---|---|",
         *(f"| {' | '.join(row)} |" for row in report.rows()),
