@@ -1468,7 +1468,7 @@ def test_the_report_says_that_queries_are_few_and_that_a_model_ranks_worse(train
     print_report(out, dataclasses.replace(trained, trained=Ranking(worse)), recipe)
     shown = " ".join(out.file.getvalue().split())
 
-    assert "8 held-out queries (at most a fifth of a set, where the recipe has 200), " in shown
+    assert "8 held-out queries (at most a fifth of a set; the recipe asks for 200), " in shown
     assert "read up to 64 tokens" in shown
     assert re.search(r"nDCG@10 against BM25: -\d\.\d+, 95 % interval -\S+ to -\S+\. It ranks worse\.", shown)
 

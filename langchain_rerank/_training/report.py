@@ -164,7 +164,7 @@ def lasted(seconds: float) -> str:
 def held_out(report: TrainingReport, recipe: Recipe) -> str:
     """How many queries were held out, and why no more, if they are fewer than the recipe has."""
     count = sum(report.sets.values())
-    why = "" if count >= recipe.held_out else f" (at most a fifth of a set, where the recipe has {recipe.held_out})"
+    why = "" if count >= recipe.held_out else f" (at most a fifth of a set; the recipe asks for {recipe.held_out})"
     return f"{count} held-out queries{why}"
 
 
