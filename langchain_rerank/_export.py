@@ -14,6 +14,7 @@ The same source and the same versions of torch and onnxscript give the same byte
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import types
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from langchain_rerank._folders import refuse_loss
 from langchain_rerank._optional import require
 from langchain_rerank.backends._engines_onnx import trace
 from langchain_rerank.backends._torch import longest
@@ -52,10 +54,16 @@ _ABOUT_EXPORT = """
 ```python
 from langchain_rerank import init_reranker
 
-reranker = init_reranker("embedded:{name}")  # the path of this folder
+reranker = {load}  # the path of this folder
 ```
 """
 """What stands at the end of the source's card."""
+
+_EXPORTED = ("config.json", "tokenizer.json", "README.md")
+"""What an export writes beside `model.onnx`."""
+
+_NEVER_EXPORTED = ("model.safetensors", "pytorch_model.bin", "recipe.json")
+"""What says that a folder is another model's, or a training's."""
 
 _SHAPES = ((2, 24), (1, 5), (3, 61))
 """Pairs and tokens of the batches on which graph and model are compared; the first is traced."""
@@ -74,7 +82,7 @@ def export(source: Path | str, target: Path | str, *, dtype: Stored = "float16")
             with those of torch with the same rounded weights.
 
     Raises:
-        ConfigurationError: The dtype is unknown, or the target is the source or a file.
+        ConfigurationError: The dtype is unknown, or the target is a file or holds what is of no export.
         MissingDependencyError: torch, transformers or onnxscript is not installed.
         ModelLoadError: There is no such model, it has more than one label, or the graph computes something else.
     """
@@ -84,7 +92,9 @@ def export(source: Path | str, target: Path | str, *, dtype: Stored = "float16")
     if dtype not in ("float32", "float16", "int8"):
         raise ConfigurationError(f"dtype {dtype!r} cannot be stored; there are float32, float16 and int8")
     source, target = Path(source), Path(target)
-    _check_target(source, target)
+    exported_before = (target / "model.onnx").is_file()
+    refuse_loss(target, _NEVER_EXPORTED if exported_before else (*_NEVER_EXPORTED, *_EXPORTED), "export")
+    card = (source / "README.md").read_bytes() if (source / "README.md").is_file() else None
     model = _load(source, dtype)
     batches = [_example(model, pairs, tokens) for pairs, tokens in _SHAPES]
     expected = [model(**batch).logits.numpy() for batch in batches]
@@ -104,16 +114,15 @@ def export(source: Path | str, target: Path | str, *, dtype: Stored = "float16")
     (target / "model.onnx").write_bytes(content)
     shutil.copyfile(source / "config.json", target / "config.json")
     _export_tokenizer(source / "tokenizer.json", target / "tokenizer.json", model.config.pad_token_id)
-    if (source / "README.md").is_file():
-        card = (source / "README.md").read_text(encoding="utf-8").rstrip()
-        (target / "README.md").write_text(card + _ABOUT_EXPORT.format(dtype=dtype, name=target.name), encoding="utf-8")
+    if card is not None:
+        (target / "README.md").write_bytes(_card_of_export(card, dtype, target.resolve().name))
 
 
-def _check_target(source: Path, target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise ConfigurationError(f"{target} is a file; an export writes a folder")
-    if target.exists() and source.exists() and target.samefile(source):
-        raise ConfigurationError(f"{target} is what is to be exported; choose another folder for its export")
+def _card_of_export(card: bytes, dtype: Stored, name: str) -> bytes:
+    """The source's card, in whatever encoding it is, with how to load the export."""
+    load = f'init_reranker("embedded:{name}")'.encode()
+    card = re.sub(rb'init_reranker\("cross-encoder:[^"]*"\)', lambda _: load, card)
+    return card.rstrip() + _ABOUT_EXPORT.format(dtype=dtype, load=load.decode()).encode()
 
 
 def _load(source: Path, dtype: Stored) -> Any:
@@ -121,10 +130,10 @@ def _load(source: Path, dtype: Stored) -> Any:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from langchain_rerank.backends._torch import _no_bars
+    from langchain_rerank.backends._torch import no_bars
 
     try:
-        with _no_bars():
+        with no_bars():
             model = AutoModelForSequenceClassification.from_pretrained(
                 source, dtype=torch.float32, attn_implementation="eager", local_files_only=True
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,7 +41,7 @@ from langchain_rerank._training.report import (
     read_report,
     write_report,
 )
-from langchain_rerank.backends._torch import _no_bars
+from langchain_rerank.backends._torch import no_bars
 from langchain_rerank.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -111,14 +112,15 @@ def train_reranker(
 
 def _trained(settled: Recipe, folder: Path, *, llm: BaseChatModel | None, progress: bool) -> TrainingReport:
     """The way from the sets to the report."""
-    with _no_bars(), TemporaryDirectory(prefix="langchain-rerank-", ignore_cleanup_errors=True) as unpacked:
-        base_folder = place_base(settled.base, Path(unpacked))
+    unpacked = TemporaryDirectory(prefix="langchain-rerank-", ignore_cleanup_errors=True)
+    with no_bars(downloads=progress), unpacked as place:
+        base_folder = place_base(settled.base, Path(place))
         choose_device(settled)  # what cannot be is said before the long search
         check_base(base_folder, settled)
         _check_mixture(settled, base_folder)
-        prepared = prepare(settled, folder, llm=llm, progress=progress)
-        questions = prepared.questions
-        model = load_base(base_folder, settled)
+        load = cache(lambda: load_base(base_folder, settled))
+        prepared = prepare(settled, folder, load, llm=llm, progress=progress)
+        questions, model = prepared.questions, load()
         base = judge(model, questions, settled) if has_head(base_folder) else None
         if settled.layers is not None:
             keep_layers(model.model, settled.layers)

@@ -20,7 +20,9 @@ import onnx
 import pytest
 import tiny
 import torch
+import transformers
 import yaml
+from huggingface_hub import utils as hub
 from langchain_core.language_models import SimpleChatModel
 from onnx import numpy_helper
 from pydantic import PrivateAttr
@@ -62,6 +64,7 @@ from langchain_rerank._training.mining import Candidates, Group, GroupMaker, rea
 from langchain_rerank._training.prepare import Prepared, check_folder, prepare
 from langchain_rerank._training.report import read_report, write_report
 from langchain_rerank._training.sets import TrainingSet, read_set
+from langchain_rerank.backends._torch import no_bars
 from langchain_rerank.backends.cross_encoder import CrossEncoderBackend
 from langchain_rerank.backends.embedded import EmbeddedBackend
 from langchain_rerank.cli import app
@@ -902,6 +905,22 @@ def test_nothing_of_somebody_elses_is_overwritten(name, tiny_bert, pairs, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_somebodys_recipe_beside_the_model_is_not_overwritten(tiny_bert, pairs, tmp_path):
+    recipe = {"base": tiny_bert, "sets": [{"path": str(pairs)}]}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+
+    with pytest.raises(ConfigurationError, match=r"holds recipe\.json, which is of no training"):
+        train_reranker(tmp_path / "recipe.json", tmp_path, progress=False)
+
+
+def test_somebodys_questions_are_not_written_to(tmp_path):
+    (tmp_path / "questions.jsonl").write_text('{"question": "mine?"}\n')
+
+    with pytest.raises(ConfigurationError, match=r"holds questions\.jsonl, which is of no training"):
+        Asker(Questioner, tmp_path / "questions.jsonl")(["a passage"])
+    assert (tmp_path / "questions.jsonl").read_text() == '{"question": "mine?"}\n'
+
+
 def test_a_base_is_not_trained_in_place(tiny_bert, pairs, tmp_path):
     folder = Path(shutil.copytree(tiny_bert, tmp_path / "base"))
     weights = (folder / "model.safetensors").read_bytes()
@@ -912,7 +931,7 @@ def test_a_base_is_not_trained_in_place(tiny_bert, pairs, tmp_path):
 
 
 def test_a_file_is_no_folder_to_train_into(tiny_bert, pairs):
-    with pytest.raises(ConfigurationError, match=r"pairs\.jsonl is a file; a training writes a folder"):
+    with pytest.raises(ConfigurationError, match=r"pairs\.jsonl is a file; the training goes into a folder"):
         train(tiny_bert, pairs, pairs)
 
 
@@ -1053,6 +1072,20 @@ def test_bars_are_shown_on_standard_error_alone(tiny_bert, pairs, tmp_path, caps
     assert "8/8" in shown.err
     assert "Loading weights" not in shown.err
     assert "model shards" not in shown.err
+
+
+@pytest.mark.parametrize("downloads", [True, False])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_bars_of_downloads_stay_as_they_are_where_others_go(enabled, downloads):
+    before = hub.are_progress_bars_disabled()
+    (hub.enable_progress_bars if enabled else hub.disable_progress_bars)()
+    try:
+        with no_bars(downloads=downloads):
+            assert hub.are_progress_bars_disabled() != (enabled and downloads)
+            assert not transformers.utils.logging.is_progress_bar_enabled()
+        assert hub.are_progress_bars_disabled() != enabled
+    finally:
+        (hub.disable_progress_bars if before else hub.enable_progress_bars)()
 
 
 # Bases ----------------------------------------------------------------------------------------------------------------
@@ -1252,19 +1285,40 @@ def test_the_card_goes_along_with_an_export(trained, tmp_path):
     export_reranker(trained.folder, tmp_path / "small", dtype="int8")
     card = (tmp_path / "small/README.md").read_text("utf-8")
 
-    assert card.startswith((trained.folder / "README.md").read_text("utf-8").rstrip())
+    assert "nDCG@10 against BM25: " in card
     assert "its weights stored in int8" in card
-    assert 'init_reranker("embedded:small")' in card
+    assert "cross-encoder:" not in card
+    assert card.count('init_reranker("embedded:small")') == 2
 
 
-def test_an_export_does_not_write_over_what_it_reads(trained, pairs):
+def test_a_card_in_any_encoding_goes_along(tiny_bert, tmp_path):
+    source = Path(shutil.copytree(tiny_bert, tmp_path / "source"))
+    (source / "README.md").write_bytes("Für alle".encode("latin-1"))
+
+    export_reranker(source, tmp_path / "exported")
+
+    assert (tmp_path / "exported/README.md").read_bytes().startswith("Für alle\n\n## This".encode("latin-1"))
+
+
+def test_an_export_writes_over_no_other_model(trained, tiny_bert, pairs, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
     before = {path.name: path.stat().st_mtime_ns for path in trained.folder.iterdir()}
 
-    with pytest.raises(ConfigurationError, match="is what is to be exported; choose another folder for its export"):
-        export_reranker(trained.folder, trained.folder / "../" / trained.folder.name)
-    with pytest.raises(ConfigurationError, match=r"pairs\.jsonl is a file; an export writes a folder"):
-        export_reranker(trained.folder, pairs)
+    for target, problem in [
+        (trained.folder, "holds model.safetensors, which is of no export and would be overwritten"),
+        (tmp_path, "holds README.md, which is of no export and would be overwritten"),
+        (pairs, "is a file; the export goes into a folder"),
+    ]:
+        with pytest.raises(ConfigurationError, match=problem):
+            export_reranker(tiny_bert, target)
     assert {path.name: path.stat().st_mtime_ns for path in trained.folder.iterdir()} == before
+
+
+def test_an_export_takes_the_place_of_an_earlier_one(trained, tmp_path):
+    for dtype in ("float16", "int8"):
+        export_reranker(trained.folder, tmp_path / "exported", dtype=dtype)
+
+    assert "stored in int8" in (tmp_path / "exported/README.md").read_text("utf-8")
 
 
 def test_whoever_reads_the_config_reads_the_weights(trained):
@@ -1347,7 +1401,7 @@ def test_paths_given_beside_a_file_are_relative_to_where_one_is(tmp_path, monkey
 
     assert (recipe.base, recipe.teacher) == ("model", {"cross-encoder:model": 1})
     assert recipe.sets[0].path == Path("a")
-    assert recipe.embedding == "../there/model"
+    assert Path(recipe.embedding) == Path("../there/model")
 
 
 @pytest.mark.parametrize(
@@ -1400,6 +1454,34 @@ def test_a_model_that_is_not_there_is_found_out_before_an_llm_is_asked(tiny_bert
 
     with pytest.raises(ModelLoadError, match="no/no"):
         train_reranker(recipe, tmp_path / "out", llm=llm, progress=False)
+    assert llm._asked == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_without_weights_is_found_out_before_an_llm_is_asked(tiny_bert, articles, tmp_path):
+    llm, base = Questioner(), tmp_path / "base"
+    base.mkdir()
+    shutil.copy(Path(tiny_bert, "config.json"), base)
+
+    with pytest.raises(ModelLoadError, match="base' cannot be loaded"):
+        train_reranker(
+            {"base": str(base), "sets": [{"path": articles, "synthetic": "llm"}]},
+            tmp_path / "out",
+            llm=llm,
+            progress=False,
+        )
+    assert llm._asked == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_that_are_not_there_are_missed_before_a_teacher_is_loaded_or_an_llm_asked(articles, tmp_path):
+    llm = Questioner()
+    sets = [{"path": articles, "synthetic": "llm"}, {"path": articles, "synthetic": "llm", "name": "b"}]
+    for missing in ({"path": "none.jsonl"}, {"path": "none.jsonl", "synthetic": "llm"}):
+        recipe = read_recipe({"sets": [*sets, missing], "teacher": {"cross-encoder:no/no": 1}})
+
+        with pytest.raises(ConfigurationError, match=r"Cannot read none\.jsonl: No such file"):
+            prepare(recipe, tmp_path / "out", llm=llm, progress=False)
     assert llm._asked == []
     assert not (tmp_path / "out").exists()
 
@@ -1468,7 +1550,7 @@ def test_the_report_says_that_queries_are_few_and_that_a_model_ranks_worse(train
     print_report(out, dataclasses.replace(trained, trained=Ranking(worse)), recipe)
     shown = " ".join(out.file.getvalue().split())
 
-    assert "8 held-out queries (at most a fifth of a set; the recipe asks for 200), " in shown
+    assert "8 held-out queries (the recipe asks for 200; a set gives a fifth at most), " in shown
     assert "read up to 64 tokens" in shown
     assert re.search(r"nDCG@10 against BM25: -\d\.\d+, 95 % interval -\S+ to -\S+\. It ranks worse\.", shown)
 

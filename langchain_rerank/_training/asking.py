@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import RunnableConfig
 
+from langchain_rerank._folders import refuse_loss
 from langchain_rerank._optional import missing
 from langchain_rerank.backends.base import clean
 from langchain_rerank.errors import BackendError, ConfigurationError, MissingDependencyError
@@ -64,9 +64,13 @@ class Asker:
     def _read(self) -> Iterator[tuple[str, str]]:
         if self._kept.is_file():
             for line in self._kept.read_text(encoding="utf-8", errors="replace").split("\n"):
-                with suppress(ValueError):  # the last one, where the machine stopped; its passage is asked about again
+                try:
                     row = json.loads(line)
-                    yield row["passage"], row["query"]
+                except ValueError:  # the last one, where the machine stopped; its passage is asked about again
+                    continue
+                if not (isinstance(row, dict) and row.keys() >= {"passage", "query"}):
+                    refuse_loss(self._kept.parent, [self._kept.name], "training")
+                yield row["passage"], row["query"]
 
     def _asked(self, llm: BaseChatModel, passages: Sequence[str]) -> dict[str, str]:
         prompts: list[Any] = [_PROMPT.format(passage=passage) for passage in passages]

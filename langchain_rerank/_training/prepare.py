@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
 
+from langchain_rerank._folders import refuse_loss
 from langchain_rerank._training.asking import Asker, make_llm
 from langchain_rerank._training.mining import (
     FIRST_STAGES,
@@ -24,9 +26,10 @@ from langchain_rerank._training.mining import (
     find,
     read_lines,
     write_lines,
+    written_whole,
 )
 from langchain_rerank._training.recipe import Recipe, with_models
-from langchain_rerank._training.sets import TrainingSet, digest_of, plain, read_set
+from langchain_rerank._training.sets import Ask, TrainingSet, digest_of, plain, read_set
 from langchain_rerank.data import Collection
 from langchain_rerank.errors import ConfigurationError
 from langchain_rerank.factory import init_reranker, installed_backends, nearest
@@ -45,9 +48,9 @@ _DATA = "data.json"
 
 _WRITTEN = (
     *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "training.json"),
-    *(_GROUPS, _HELD_OUT, _DATA, "checkpoints"),
+    *(_GROUPS, _HELD_OUT, _RECIPE, _DATA, "checkpoints"),
 )
-"""What a training writes into its folder, after its recipe."""
+"""What a training writes into its folder, beside what an LLM said."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,20 @@ class Prepared:
     sets: Sequence[TrainingSet]
 
 
-def prepare(recipe: Recipe, folder: Path, *, llm: BaseChatModel | None = None, progress: bool) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    folder: Path,
+    first: Callable[[], object] = lambda: None,
+    *,
+    llm: BaseChatModel | None = None,
+    progress: bool,
+) -> Prepared:
     """Read the sets and find hard negatives, or take what an earlier run with the same recipe left in the folder.
 
     Args:
         recipe: What to read, and how.
         folder: Where groups and held-out queries are kept, and the recipe beside them.
+        first: What to do once the data are read, before an LLM is asked and paid and the long search begins.
         llm: A chat model that makes up queries, in place of the recipe's.
         progress: Show bars on standard error.
 
@@ -90,19 +101,39 @@ def prepare(recipe: Recipe, folder: Path, *, llm: BaseChatModel | None = None, p
         ConfigurationError: A set or a teacher cannot be used, or nothing is left to learn.
         BackendError: The chat model failed.
     """
+    found = (folder / _HELD_OUT).is_file()
+    ready = cache(lambda: (first(), _tools(recipe))[1])
     make = _llm(recipe, llm)
-    ask = Asker(make, folder / _QUESTIONS, recipe.llm or "") if make else None
-    tools = None if (folder / _HELD_OUT).is_file() else _tools(recipe)  # before an LLM is asked and paid
-    folder.mkdir(parents=True, exist_ok=True)
-    sets = [read_set(options, recipe.seed, ask) for options in recipe.sets]
-    if tools is not None:
-        groups, questions = _found(recipe, sets, *tools, progress=progress)
+    asker = Asker(make, folder / _QUESTIONS, recipe.llm or "") if make else None
+
+    def ask(passages: Sequence[str]) -> list[str]:
+        if not found:
+            ready()
+        folder.mkdir(parents=True, exist_ok=True)
+        return asker(passages) if asker else []
+
+    sets = _read(recipe, ask if asker else None)
+    if not found:
+        groups, questions = _found(recipe, sets, *ready(), progress=progress)
         digests = {each.name: each.digest for each in sets}
-        (folder / _RECIPE).write_text(_settled(recipe).model_dump_json(indent=2), encoding="utf-8")
-        (folder / _DATA).write_text(json.dumps(digests, indent=2), encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(folder / _RECIPE) as recipe_file, written_whole(folder / _DATA) as data_file:
+            recipe_file.write(_settled(recipe).model_dump_json(indent=2))
+            data_file.write(json.dumps(digests, indent=2))
         write_lines(folder / _GROUPS, groups)
         write_lines(folder / _HELD_OUT, questions)  # last: it says that both are there
     return Prepared(read_lines(folder / _GROUPS, Group), read_lines(folder / _HELD_OUT, Question), sets)
+
+
+def _read(recipe: Recipe, ask: Ask | None) -> list[TrainingSet]:
+    """The sets, in their order; those that an LLM is asked about are read last, and looked at before any is asked."""
+    sets = {each.name: each for each in recipe.sets}
+    asked = [name for name, each in sets.items() if each.synthetic == "llm"]
+    read = {name: read_set(each, recipe.seed) for name, each in sets.items() if name not in asked}
+    for name in asked:
+        digest_of(sets[name])
+    read.update({name: read_set(sets[name], recipe.seed, ask) for name in asked})
+    return [read[name] for name in sets]
 
 
 def check_folder(recipe: Recipe, folder: Path) -> None:
@@ -111,13 +142,9 @@ def check_folder(recipe: Recipe, folder: Path) -> None:
     Raises:
         ConfigurationError: It does, or a file of a set cannot be read.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"{folder} is a file; a training writes a folder")
-    if not (folder / _RECIPE).is_file():
-        if lost := [name for name in _WRITTEN if (folder / name).exists()]:
-            raise ConfigurationError(
-                f"{folder} holds {lost[0]}, which is of no training and would be overwritten; choose another folder"
-            )
+    begun = (folder / _RECIPE).is_file() and any((folder / name).is_file() for name in (_DATA, _HELD_OUT))
+    refuse_loss(folder, () if begun else _WRITTEN, "training")
+    if not begun:
         return
     before, now = _options(_begun(folder / _RECIPE)), _options(recipe)
     if differing := [name for name in now if now[name] != before.get(name)]:
@@ -203,9 +230,18 @@ def _found(
                     questions.append(_question(each, query_id, candidates))
             logger.info("%s: %s queries asked", each.name, len(each.collection.queries))
     taken = {text for each in sets for key in held_out[each.name] for text in _texts(each.collection, key)}
-    groups = _without(groups, taken, ", ".join(each.name for each in sets))
+    if not groups:
+        raise ConfigurationError(
+            f"No query of {_names(sets)} has a negative beside its answers. Give more documents, pairs with negatives, "
+            "or a smaller relative_margin, if there is one"
+        )
+    groups = _without(groups, taken, _names(sets))
     random.Random(f"{recipe.seed} order").shuffle(groups)  # noqa: S311 - no secret
     return groups, questions
+
+
+def _names(sets: Sequence[TrainingSet]) -> str:
+    return ", ".join(each.name for each in sets)
 
 
 def _texts(collection: Collection, query_id: str) -> list[str]:
@@ -216,10 +252,6 @@ def _texts(collection: Collection, query_id: str) -> list[str]:
 
 def _without(groups: Sequence[Group], held_out: Container[str], names: str) -> list[Group]:
     """The groups but for those that ask or answer what a held-out query does, in their own set or in another."""
-    if not groups:
-        raise ConfigurationError(
-            f"No query of {names} has a negative beside its answers. Give more documents, or pairs with negatives"
-        )
     kept = [group for group in groups if not any(plain(text) in held_out for text in _best(group))]
     if not kept:
         raise ConfigurationError(

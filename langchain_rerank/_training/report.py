@@ -116,7 +116,7 @@ def _ranking(questions: Sequence[Question], run: Mapping[str, Sequence[str]], se
 
 def write_report(report: TrainingReport, recipe: Recipe, prepared: Prepared) -> None:
     """Write `training.json`, with each query's values, and `README.md`, the model card."""
-    content = {"recipe": recipe.model_dump(mode="json"), **asdict(report), "folder": report.folder.name}
+    content = {"recipe": recipe.model_dump(mode="json"), **asdict(report), "folder": report.folder.resolve().name}
     (report.folder / "README.md").write_text(_card(report, recipe, prepared), encoding="utf-8")
     with written_whole(report.folder / "training.json") as file:  # last: it says that all is done
         file.write(json.dumps(content, indent=1))
@@ -135,16 +135,17 @@ def read_report(folder: Path) -> TrainingReport | None:
 
 def _card(report: TrainingReport, recipe: Recipe, prepared: Prepared) -> str:
     """The model card, in Markdown."""
+    name = report.folder.resolve().name
     versions = ", ".join(f"{name} {version(name)}" for name in _VERSIONS)
     told = with_models(recipe, _called)
     settings = told.model_dump(mode="json", exclude={"sets", "base"})
     parts = [
         "---\nlibrary_name: langchain-rerank\npipeline_tag: text-ranking\n---\n",
-        f"# {report.folder.name}: a reranker\n",
+        f"# {name}: a reranker\n",
         f"A cross-encoder with one logit, trained from `{told.base}` on {report.groups} queries",
         f"in {lasted(report.seconds)} ({platform.machine()}, {versions}).\n",
         "```python\nfrom langchain_rerank import init_reranker\n",
-        f'reranker = init_reranker("cross-encoder:{report.folder.name}")  # the path of this folder',
+        f'reranker = init_reranker("cross-encoder:{name}")  # the path of this folder',
         "```\n",
         "## Data\n",
         _data(recipe, prepared),
@@ -162,9 +163,9 @@ def lasted(seconds: float) -> str:
 
 
 def held_out(report: TrainingReport, recipe: Recipe) -> str:
-    """How many queries were held out, and why no more, if they are fewer than the recipe has."""
+    """How many queries were held out, and how many should have been, if they are fewer."""
     count = sum(report.sets.values())
-    why = "" if count >= recipe.held_out else f" (at most a fifth of a set; the recipe asks for {recipe.held_out})"
+    why = "" if count >= recipe.held_out else f" (the recipe asks for {recipe.held_out}; a set gives a fifth at most)"
     return f"{count} held-out queries{why}"
 
 

@@ -115,7 +115,7 @@ class TorchBackend(LocalBackend):
         if _is_path(self.model) and not Path(self.model).is_dir():
             raise ModelLoadError(f"{self.model!r} is no folder here; give one, or a name on the Hugging Face hub")
         try:
-            with _no_bars():
+            with no_bars():
                 yield
         except ModelLoadError:
             raise
@@ -202,18 +202,28 @@ def _is_path(model: str) -> bool:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """No "Loading weights" bar on standard error meanwhile."""
+def no_bars(*, downloads: bool = True) -> Iterator[None]:
+    """No "Loading weights" bar on standard error meanwhile.
+
+    Args:
+        downloads: Leave the hub's own bars as they are; transformers turns both off together.
+    """
+    import huggingface_hub
     import transformers
 
+    hub: Any = huggingface_hub.utils
     logging: Any = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
+    shown, of_the_hub = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
     logging.disable_progress_bar()
+    if of_the_hub and downloads:
+        hub.enable_progress_bars()
     try:
         yield
     finally:
         if shown:
             logging.enable_progress_bar()
+        if not of_the_hub and not hub.are_progress_bars_disabled():
+            hub.disable_progress_bars()
 
 
 def longest(config: Any, *limits: int | None) -> int | None:
