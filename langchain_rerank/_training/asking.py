@@ -57,6 +57,7 @@ class Asker:
         if unknown:
             logger.info("Asking the LLM about %s of %s passages", len(unknown), len(passages))
             llm = self._make()
+            self._end_line()
             for start in range(0, len(unknown), _AT_ONCE):
                 known.update(self._asked(llm, unknown[start : start + _AT_ONCE]))
         return [known[self._key(passage)] for passage in passages]
@@ -72,6 +73,13 @@ class Asker:
                     refuse_loss(self._kept.parent, [self._kept.name], "training")
                 yield row["passage"], row["query"]
 
+    def _end_line(self) -> None:
+        """End a line that was half written, so that what is said next gets lines of its own."""
+        self._kept.parent.mkdir(parents=True, exist_ok=True)
+        if self._kept.is_file() and not self._kept.read_bytes().endswith(b"\n"):
+            with self._kept.open("a", encoding="utf-8") as file:
+                file.write("\n")
+
     def _asked(self, llm: BaseChatModel, passages: Sequence[str]) -> dict[str, str]:
         prompts: list[Any] = [_PROMPT.format(passage=passage) for passage in passages]
         try:
@@ -79,9 +87,7 @@ class Asker:
         except Exception as error:  # a provider's package raises what it likes
             raise BackendError(f"The LLM failed: {error}. What it said so far is kept in {self._kept}") from error
         found = {self._key(passage): _question(answer) for passage, answer in zip(passages, answers, strict=True)}
-        broken = self._kept.is_file() and not self._kept.read_bytes().endswith(b"\n")
         with self._kept.open("a", encoding="utf-8") as file:
-            file.write("\n" if broken else "")
             for key, query in found.items():
                 file.write(json.dumps({"passage": key, "query": query}, ensure_ascii=False) + "\n")
         return found

@@ -102,19 +102,11 @@ def prepare(
         BackendError: The chat model failed.
     """
     found = (folder / _HELD_OUT).is_file()
-    ready = cache(lambda: (first(), _tools(recipe))[1])
-    make = _llm(recipe, llm)
-    asker = Asker(make, folder / _QUESTIONS, recipe.llm or "") if make else None
-
-    def ask(passages: Sequence[str]) -> list[str]:
-        if not found:
-            ready()
-        folder.mkdir(parents=True, exist_ok=True)
-        return asker(passages) if asker else []
-
-    sets = _read(recipe, ask if asker else None)
+    tools = cache(lambda: _tools(recipe, first))
+    make = _llm(recipe, llm, (lambda: None) if found else tools)
+    sets = _read(recipe, Asker(make, folder / _QUESTIONS, recipe.llm or "") if make else None)
     if not found:
-        groups, questions = _found(recipe, sets, *ready(), progress=progress)
+        groups, questions = _found(recipe, sets, *tools(), progress=progress)
         digests = {each.name: each.digest for each in sets}
         folder.mkdir(parents=True, exist_ok=True)
         with written_whole(folder / _RECIPE) as recipe_file, written_whole(folder / _DATA) as data_file:
@@ -194,16 +186,22 @@ def _placed(model: str) -> str:
     return os.path.realpath(model) if Path(model).is_dir() else model
 
 
-def _llm(recipe: Recipe, llm: BaseChatModel | None) -> Callable[[], BaseChatModel] | None:
-    """What gives the chat model, if there is one."""
-    if llm is not None:
-        return lambda: llm
-    name = recipe.llm
-    return None if name is None else lambda: make_llm(name)
+def _llm(recipe: Recipe, llm: BaseChatModel | None, first: Callable[[], object]) -> Callable[[], BaseChatModel] | None:
+    """What gives the chat model, if there is one, once something else is done first."""
+    chosen = recipe.llm if llm is None else llm
+    if chosen is None:
+        return None
+
+    def make() -> BaseChatModel:
+        first()
+        return make_llm(chosen) if isinstance(chosen, str) else chosen
+
+    return make
 
 
-def _tools(recipe: Recipe) -> tuple[Encoder | None, GroupMaker]:
+def _tools(recipe: Recipe, first: Callable[[], object]) -> tuple[Encoder | None, GroupMaker]:
     """What finds negatives beside BM25, and what makes groups of them; every model is loaded."""
+    first()
     teachers = _teachers(recipe)
     embedding = _encoder(recipe)
     for teacher in teachers.values():
@@ -230,18 +228,9 @@ def _found(
                     questions.append(_question(each, query_id, candidates))
             logger.info("%s: %s queries asked", each.name, len(each.collection.queries))
     taken = {text for each in sets for key in held_out[each.name] for text in _texts(each.collection, key)}
-    if not groups:
-        raise ConfigurationError(
-            f"No query of {_names(sets)} has a negative beside its answers. Give more documents, pairs with negatives, "
-            "or a smaller relative_margin, if there is one"
-        )
-    groups = _without(groups, taken, _names(sets))
+    groups = _without(groups, taken, ", ".join(each.name for each in sets))
     random.Random(f"{recipe.seed} order").shuffle(groups)  # noqa: S311 - no secret
     return groups, questions
-
-
-def _names(sets: Sequence[TrainingSet]) -> str:
-    return ", ".join(each.name for each in sets)
 
 
 def _texts(collection: Collection, query_id: str) -> list[str]:
@@ -252,6 +241,11 @@ def _texts(collection: Collection, query_id: str) -> list[str]:
 
 def _without(groups: Sequence[Group], held_out: Container[str], names: str) -> list[Group]:
     """The groups but for those that ask or answer what a held-out query does, in their own set or in another."""
+    if not groups:
+        raise ConfigurationError(
+            f"No query of {names} has a negative beside its answers. Give more documents, pairs with negatives, or a "
+            "smaller relative_margin, if there is one"
+        )
     kept = [group for group in groups if not any(plain(text) in held_out for text in _best(group))]
     if not kept:
         raise ConfigurationError(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from langchain_rerank._training.base import EMBEDDED
 from langchain_rerank.errors import ConfigurationError
 from langchain_rerank.factory import expand, read_yaml, refuse_unknown, validated
 
@@ -70,7 +71,7 @@ class Recipe(Strict):
     embedded model (docs/embedded-model.md).
     """
 
-    base: str = "embedded"
+    base: str = EMBEDDED
     """A sequence-classification cross-encoder, or a plain encoder, which gets a fresh head: a folder or a name on the
     hub. `embedded` is the model in the package; a folder that was exported to ONNX will do as well."""
 

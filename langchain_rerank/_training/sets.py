@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeAlias
 from langchain_rerank._training.recipe import SetOptions, Synthetic
 from langchain_rerank.backends._files import blocks
 from langchain_rerank.backends.base import clean
-from langchain_rerank.data import Collection, beir_files, open_text, read_beir
+from langchain_rerank.data import Collection, beir_files, read_beir, text_lines
 from langchain_rerank.errors import ConfigurationError
 
 _SENTENCE = re.compile(r"(.{20,400}?[.!?。！？])(?:\s+|(?<=[。！？]))(?=\S)", re.DOTALL)  # noqa: RUF001 - as in Chinese
@@ -325,10 +325,8 @@ def _licence(path: Path) -> str:
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """What each line holds, with its number from 1 on; empty lines left out."""
     try:
-        with open_text(path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, _json(path, number, line)
+        for number, line in text_lines(path):
+            yield number, _json(path, number, line)
     except (OSError, UnicodeDecodeError) as error:
         _refuse_unreadable(path, error)
 

@@ -222,8 +222,7 @@ def no_bars(*, downloads: bool = True) -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-        if not of_the_hub and not hub.are_progress_bars_disabled():
-            hub.disable_progress_bars()
+        (hub.enable_progress_bars if of_the_hub else hub.disable_progress_bars)()
 
 
 def longest(config: Any, *limits: int | None) -> int | None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from langchain_rerank.backends.base import clean
 from langchain_rerank.errors import ConfigurationError
@@ -123,18 +123,21 @@ def _judgement(path: Path, number: int, line: str) -> tuple[str, str, int]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file, gzipped or not, with their number from 1 on; empty ones left out."""
-    with open_text(path) as file:
+    """The lines without their ends."""
+    for number, line in text_lines(path):
+        yield number, line.rstrip("\r\n")
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file in UTF-8, gzipped or not, with their number from 1 on; empty ones left out.
+
+    A byte order mark is no part of them.
+    """
+    utf8 = "utf-8-sig"
+    with gzip.open(path, "rt", encoding=utf8) if path.suffix == ".gz" else path.open(encoding=utf8) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield number, line.rstrip("\r\n")
-
-
-def open_text(path: Path) -> TextIO:
-    """A text file in UTF-8 to read, gzipped or not, with or without a byte order mark."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
+                yield number, line
 
 
 def _unreadable(path: Path, number: int, wanted: str, line: str) -> ConfigurationError:
